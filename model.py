@@ -1,0 +1,199 @@
+"""The network: 138,666 parameters, receptive field 51, built from a table of blocks.
+
+``python model.py`` prints the receptive field and the layers.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class BlockSpec(NamedTuple):
+    """One row of the table: a block of 3x3 convolutions, and what its last one does.
+
+    in_channels, out_channels: channels of the block's input and of each of its layers' outputs.
+    layers: 1 to 3.
+    separable: the first layer is a depthwise 3x3 followed by a pointwise 1x1 convolution.
+    last: "plain" keeps the image size, "dilated" spreads its nine taps over 5x5 pixels, "strided" halves
+        the image, "unpadded" trims a pixel from each side and is left linear: the head's pooling follows.
+    """
+
+    in_channels: int
+    out_channels: int
+    layers: int = 3
+    separable: bool = False
+    last: Literal["plain", "dilated", "strided", "unpadded"] = "plain"
+
+
+def default_blocks(base_channels: int = 16) -> tuple[BlockSpec, ...]:
+    """Return the table that `Net` is built from: edit it here, or pass another one to `Net`."""
+    c = base_channels
+    return (
+        BlockSpec(3, c, last="dilated"),  # receptive field 9
+        BlockSpec(c, 2 * c, separable=True, last="strided"),  # 15, 32x32 -> 16x16
+        BlockSpec(2 * c, 4 * c, separable=True, last="strided"),  # 27, 16x16 -> 8x8
+        BlockSpec(4 * c, 2 * c, last="unpadded"),  # 51, 8x8 -> 6x6
+    )
+
+
+# How the last convolution of a block differs from the others (stride 1, padding 1, dilation 1).
+LAST_CONV = {
+    "plain": {},
+    "dilated": {"padding": 2, "dilation": 2},
+    "strided": {"stride": 2},
+    "unpadded": {"padding": 0},
+}
+
+
+class Block(nn.Sequential):
+    """One to three convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
+
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one
+    BatchNorm, after the pair of convolutions. An unpadded last convolution has nothing after it. ReLU is
+    applied in `forward`: it has no parameters and is no row of the summary.
+    Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016,
+    arXiv:1511.07122.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layers: int = 3,
+        separable: bool = False,
+        last: str = "plain",
+        dropout: float = 0.0,
+    ):
+        modules = []
+        for index in range(layers):
+            is_last = index == layers - 1
+            conv = LAST_CONV[last] if is_last else {}
+            channels = in_channels if index == 0 else out_channels
+            modules += self._convolution(channels, out_channels, separable and index == 0, conv)
+            if not (is_last and last == "unpadded"):
+                modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
+        super().__init__(*modules)
+
+    @staticmethod
+    def _convolution(in_channels: int, out_channels: int, separable: bool, conv: dict) -> list[nn.Module]:
+        conv = {"kernel_size": 3, "padding": 1, **conv}
+        if not separable:
+            return [nn.Conv2d(in_channels, out_channels, **conv)]
+        return [
+            nn.Conv2d(in_channels, in_channels, groups=in_channels, **conv),
+            nn.Conv2d(in_channels, out_channels, kernel_size=1),
+        ]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = F.relu(x)
+        return x
+
+
+class Net(nn.Module):
+    """The blocks of the table, average pooling over what is left of the image, a linear classifier.
+
+    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) log-probabilities, always
+    float32: train with `F.nll_loss`, not with cross-entropy.
+
+    blocks: the table, default_blocks(base_channels) if not given.
+    base_channels: width of the default table; every channel count is a multiple of it.
+    dropout: probability that Dropout2d zeroes a channel.
+    Raises ValueError, naming the block and the reason, for a table that cannot work.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockSpec] | None = None,
+        *,
+        base_channels: int = 16,
+        num_classes: int = 10,
+        dropout: float = 0.0,
+        image_size: int = 32,
+    ):
+        super().__init__()
+        blocks = default_blocks(base_channels) if blocks is None else tuple(blocks)
+        sizes = check_blocks(blocks, image_size)
+        self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
+        self.pool = nn.AvgPool2d(sizes[-1])
+        self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        logits = self.classifier(self.pool(x)).flatten(1)  # (N, num_classes, 1, 1) -> (N, num_classes)
+        return F.log_softmax(logits, dim=1, dtype=torch.float32)
+
+
+def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]:
+    """Return the image size after each block; raise ValueError if the table cannot work."""
+    if not blocks:
+        raise ValueError("the table has no blocks")
+    sizes, channels = [], 3  # RGB
+    for number, spec in enumerate(blocks, start=1):
+        if not 1 <= spec.layers <= 3:
+            raise ValueError(f"block {number}: layers must be 1, 2 or 3, not {spec.layers}")
+        if spec.last not in LAST_CONV:
+            raise ValueError(f"block {number}: last must be one of {', '.join(LAST_CONV)}, not {spec.last!r}")
+        if spec.out_channels < 1:
+            raise ValueError(f"block {number}: out_channels must be 1 or more, not {spec.out_channels}")
+        if spec.in_channels != channels:
+            source = "the image" if number == 1 else f"block {number - 1}"
+            raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
+        before, channels = image_size, spec.out_channels
+        image_size = {"strided": (before + 1) // 2, "unpadded": before - 2}.get(spec.last, before)
+        if image_size < 1:
+            raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
+        sizes.append(image_size)
+    return sizes
+
+
+def receptive_fields(blocks: Sequence[BlockSpec]) -> list[list[int]]:
+    """Return the receptive field in input pixels after each 3x3 convolution, one list for each block.
+
+    A convolution widens it by (kernel - 1) * dilation * jump; the jump, the distance in input pixels
+    between neighbouring outputs, is the product of the strides so far (Araujo et al. 2019,
+    https://distill.pub/2019/computing-receptive-fields). A 1x1 convolution widens nothing.
+    """
+    field, jump, fields = 1, 1, []
+    for spec in blocks:
+        fields.append([])
+        for index in range(spec.layers):
+            conv = LAST_CONV[spec.last] if index == spec.layers - 1 else {}
+            field += 2 * conv.get("dilation", 1) * jump
+            jump *= conv.get("stride", 1)
+            fields[-1].append(field)
+    return fields
+
+
+def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> str:
+    """Return a table of the blocks: channels, first and last layer, image size, receptive fields."""
+    lines = ["block  channels   first layer  last layer  output  receptive field"]
+    rows = zip(blocks, check_blocks(blocks, image_size), receptive_fields(blocks), strict=True)
+    for number, (spec, size, fields) in enumerate(rows, start=1):
+        channels = f"{spec.in_channels} -> {spec.out_channels}"
+        first = "separable" if spec.separable else "plain"
+        growth = ", ".join(map(str, fields))
+        lines.append(f"{number:<5}  {channels:<9}  {first:<11}  {spec.last:<10}  {f'{size}x{size}':<6}  {growth}")
+    return "\n".join(lines)
+
+
+def print_summary(net: nn.Module, image_size: int = 32) -> None:
+    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
+    import copy
+
+    import torchsummary
+
+    # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".
+    with torch.random.fork_rng(devices=[]):
+        torchsummary.summary(copy.deepcopy(net).cpu(), (3, image_size, image_size), device="cpu")
+
+
+if __name__ == "__main__":
+    print(receptive_field_table(default_blocks()), end="\n\n")
+    print_summary(Net())

@@ -1,0 +1,268 @@
+"""Train the network: ``python train.py``; ``python train.py --help`` lists the settings."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from config import Config, parse_args
+from dataset import (
+    AugmentedBatches,
+    DataError,
+    EpochBatches,
+    FixedBatches,
+    channel_statistics,
+    hold_out,
+    load_source,
+    make_augmentation,
+    make_loader,
+    make_normalization,
+)
+from model import Net, print_summary
+from utils import (
+    DTYPES,
+    CheckpointError,
+    Meter,
+    NonFiniteLoss,
+    UsageError,
+    choose_device,
+    choose_precision,
+    choose_workers,
+    describe_device,
+    load_checkpoint,
+    load_weights,
+    make_run_dir,
+    save_checkpoint,
+    seed_torch,
+    with_progress,
+    write_atomically,
+    write_metrics,
+)
+
+
+def learning_rate(schedule: str, peak: float, progress: float, accuracies: list[float]) -> float:
+    """Return the learning rate when `progress` (0 to 1) of all steps are done, after these validation accuracies.
+
+    onecycle: linear up over the first fifth, then linear down to zero (Smith & Topin 2018, arXiv:1708.07120).
+    cosine: half a cosine down to zero (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    plateau: divided by 10 whenever two epochs in a row did not raise the best accuracy.
+    """
+    if schedule == "onecycle":
+        return peak * min(progress / 0.2, (1 - progress) / 0.8)
+    if schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "plateau":
+        best, stalled = -math.inf, 0
+        for accuracy in accuracies:
+            best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
+            if stalled == 2:
+                peak, stalled = peak / 10, 0
+    return peak
+
+
+def make_optimizer(net: nn.Module, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
+    """Return SGD that decays convolution weights only: biases and BatchNorm have one dimension, and are spared."""
+    groups = [
+        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
+
+
+def train_one_epoch(
+    net: nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    rates: Sequence[float],
+    device: torch.device,
+    dtype: torch.dtype,
+    description: str = "Training",
+) -> dict[str, float]:
+    """Take a step for each batch, each with its learning rate; return {"loss", "accuracy" in percent}.
+
+    Both are averages over the images as they were trained on: augmented, with dropout, before their step.
+    Raises NonFiniteLoss; the network is of no use then.
+    """
+    net.train()
+    meter = Meter(description, len(batches), device)
+    for rate, (images, labels) in zip(rates, with_progress(batches, meter), strict=True):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            log_probs = net(images)
+            loss = F.nll_loss(log_probs, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        meter.update(loss, log_probs, labels)
+    return meter.result()
+
+
+@torch.inference_mode()
+def validate(
+    net: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype, description: str = "Validation"
+) -> dict[str, float]:
+    """Return {"loss", "accuracy" in percent}, averages over the images. Raises NonFiniteLoss."""
+    net.eval()
+    meter = Meter(description, len(batches), device)
+    for images, labels in with_progress(batches, meter):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            log_probs = net(images)
+        meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
+    return meter.result()
+
+
+class Data(NamedTuple):
+    """What a run reads: batches for training, validation and the final test, and what the images are."""
+
+    train: DataLoader
+    valid: FixedBatches
+    test: FixedBatches
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_data(config: Config) -> Data:
+    """Load the config's dataset, split it, and set up its pipelines. Raises DataError."""
+    source = load_source(config.dataset, config.data_dir)
+    train, valid = source.train, source.test
+    if config.valid_split > 0:
+        train, valid = hold_out(source.train, config.valid_split, config.seed)
+    mean, std = channel_statistics(train.images)
+    normalization = make_normalization(mean, std)
+    augmentation = make_augmentation(
+        mean,
+        flip_probability=config.flip_probability,
+        shift_scale_rotate_probability=config.shift_scale_rotate_probability,
+        shift_limit=config.shift_limit,
+        scale_limit=config.scale_limit,
+        rotate_limit=config.rotate_limit,
+        coarse_dropout_probability=config.coarse_dropout_probability,
+        hole_size=config.hole_size,
+    )
+    return Data(
+        make_loader(
+            AugmentedBatches(train, augmentation, normalization, config.seed),
+            EpochBatches(len(train.labels), config.batch_size, config.seed),
+            config.num_workers,
+            pin_memory=config.device.startswith("cuda"),
+        ),
+        FixedBatches(valid, normalization, config.batch_size),
+        FixedBatches(source.test, normalization, config.batch_size),
+        source.class_names,
+        mean,
+        std,
+    )
+
+
+def epoch_rates(config: Config, epoch: int, steps: int, accuracies: list[float]) -> list[float]:
+    """Return the learning rate of each of the epoch's steps, taken in the middle of the step: never 0."""
+    done = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
+    return [learning_rate(config.schedule, config.learning_rate, progress, accuracies) for progress in done]
+
+
+def main(config: Config) -> None:
+    """Train as the config says; results are printed, and left in the run's folder."""
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    num_workers = choose_workers(config.num_workers, device)
+    config = replace(config, device=str(device), precision=precision, num_workers=num_workers)
+    data = load_data(config)
+    run_dir = make_run_dir(config.run_dir)
+    config = replace(config, run_dir=str(run_dir))
+    write_atomically(run_dir / "config.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
+
+    seed_torch(config.seed, epoch=0)
+    net = Net(num_classes=len(data.class_names), dropout=config.dropout)
+    print_summary(net)
+    print(f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {run_dir}\n")
+    net.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+    rows: list[dict] = []
+    for epoch in range(1, config.epochs + 1):
+        title = f"Epoch {epoch}/{config.epochs}"
+        rates = epoch_rates(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
+        seed_torch(config.seed, epoch)
+        data.train.sampler.set_epoch(epoch)
+        train = train_one_epoch(
+            net, data.train, optimizer, scaler, rates, device, DTYPES[precision], f"{title} - Training"
+        )
+        valid = validate(net, data.valid, device, DTYPES[precision], f"{title} - Validation")
+        print(f"\n{title} Summary:")
+        print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
+        print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
+        row = {"epoch": epoch, "learning_rate": rates[-1]}
+        row |= {f"train_{name}": value for name, value in train.items()}
+        row |= {f"valid_{name}": value for name, value in valid.items()}
+        is_best = row["valid_accuracy"] > max((row["valid_accuracy"] for row in rows), default=-1)
+        rows.append(row)
+        checkpoint = {
+            "config": asdict(config),
+            "class_names": list(data.class_names),
+            "mean": data.mean,
+            "std": data.std,
+            "epoch": epoch,
+            "metrics": rows,
+            "model": net.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+        }
+        if is_best:
+            save_checkpoint(run_dir / "best.pt", checkpoint)
+        save_checkpoint(run_dir / "last.pt", checkpoint)
+        write_metrics(run_dir / "metrics.csv", rows)
+
+    best = max(rows, key=lambda row: row["valid_accuracy"])
+    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}), last: {valid['accuracy']:.4f}")
+    if config.valid_split > 0:
+        load_weights(net, load_checkpoint(run_dir / "best.pt"), run_dir / "best.pt")
+        test = validate(net, data.test, device, DTYPES[precision], "Test")
+        print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f} (best.pt)")
+
+
+def evaluate(path: str, given: Config) -> None:
+    """Print a checkpoint's loss and accuracy on the test images of its dataset, with its own normalization."""
+    checkpoint = load_checkpoint(path)
+    device = choose_device(given.device)
+    dtype = DTYPES[choose_precision(given.precision, device)]
+    source = load_source(checkpoint["config"]["dataset"], given.data_dir)
+    net = Net(num_classes=len(checkpoint["class_names"]))
+    load_weights(net, checkpoint, path)
+    net.to(device, memory_format=torch.channels_last)
+    normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
+    test = validate(net, FixedBatches(source.test, normalization, given.batch_size), device, dtype, "Test")
+    print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+
+
+def run() -> None:
+    """Do what the command line asks; a user's mistake ends in one line on stderr and exit code 2."""
+    arguments = parse_args()
+    try:
+        if arguments.evaluate:
+            evaluate(arguments.evaluate, arguments.config)
+        else:
+            main(arguments.config)
+    except (UsageError, DataError, CheckpointError) as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLoss as error:
+        print(f"train.py: stopped: {error}; a lower --learning-rate usually helps", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()
