@@ -125,9 +125,9 @@ SHAPES = {
 
 
 def load_shapes(data_dir: Path | None = None) -> Source:
-    """Return ten classes of generated pictures: 1,200 to train on, 400 to test on; nothing is read or written."""
+    """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
     rng = np.random.Generator(np.random.Philox(key=0))
-    return Source(draw_shapes(1200, rng), draw_shapes(400, rng), tuple(SHAPES))
+    return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
 
 
 def draw_shapes(count: int, rng: np.random.Generator) -> Split:

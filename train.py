@@ -76,6 +76,25 @@ def make_optimizer(net: nn.Module, momentum: float, nesterov: bool, weight_decay
     return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
 
 
+def train_step(
+    net: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one step on a batch, its layers computed in dtype; return (mean loss, log_probs (N, num_classes))."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        log_probs = net(images)
+        loss = F.nll_loss(log_probs, labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss, log_probs
+
+
 def train_one_epoch(
     net: nn.Module,
     batches: Iterable,
@@ -93,18 +112,15 @@ def train_one_epoch(
     """
     net.train()
     meter = Meter(description, len(batches), device)
-    for rate, (images, labels) in zip(rates, with_progress(batches, meter), strict=True):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            log_probs = net(images)
-            loss = F.nll_loss(log_probs, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        meter.update(loss, log_probs, labels)
+    try:
+        for rate, (images, labels) in zip(rates, with_progress(batches, meter), strict=True):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, log_probs = train_step(net, images, labels, optimizer, scaler, dtype)
+            meter.update(loss, log_probs, labels)
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"{error}, learning rate {rates[error.step - 1]:.4g}", error.step) from None
     return meter.result()
 
 
@@ -179,6 +195,7 @@ def main(config: Config) -> None:
     precision = choose_precision(config.precision, device)
     num_workers = choose_workers(config.num_workers, device)
     config = replace(config, device=str(device), precision=precision, num_workers=num_workers)
+    dtype = DTYPES[precision]
     data = load_data(config)
     run_dir = make_run_dir(config.run_dir)
     config = replace(config, run_dir=str(run_dir))
@@ -187,29 +204,29 @@ def main(config: Config) -> None:
     seed_torch(config.seed, epoch=0)
     net = Net(num_classes=len(data.class_names), dropout=config.dropout)
     print_summary(net)
-    print(f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {run_dir}\n")
+    print(
+        f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {run_dir}\n", flush=True
+    )
     net.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
 
-    rows: list[dict] = []
+    rows = []
     for epoch in range(1, config.epochs + 1):
         title = f"Epoch {epoch}/{config.epochs}"
         rates = epoch_rates(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch)
         data.train.sampler.set_epoch(epoch)
-        train = train_one_epoch(
-            net, data.train, optimizer, scaler, rates, device, DTYPES[precision], f"{title} - Training"
-        )
-        valid = validate(net, data.valid, device, DTYPES[precision], f"{title} - Validation")
+        train = train_one_epoch(net, data.train, optimizer, scaler, rates, device, dtype, f"{title} - Training")
+        valid = validate(net, data.valid, device, dtype, f"{title} - Validation")
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
         print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
+
         row = {"epoch": epoch, "learning_rate": rates[-1]}
-        row |= {f"train_{name}": value for name, value in train.items()}
-        row |= {f"valid_{name}": value for name, value in valid.items()}
-        is_best = row["valid_accuracy"] > max((row["valid_accuracy"] for row in rows), default=-1)
+        row |= {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
         rows.append(row)
+        best = max(rows, key=lambda row: row["valid_accuracy"])  # the first of equals
         checkpoint = {
             "config": asdict(config),
             "class_names": list(data.class_names),
@@ -221,17 +238,16 @@ def main(config: Config) -> None:
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),
         }
-        if is_best:
+        if best is row:
             save_checkpoint(run_dir / "best.pt", checkpoint)
         save_checkpoint(run_dir / "last.pt", checkpoint)
         write_metrics(run_dir / "metrics.csv", rows)
 
-    best = max(rows, key=lambda row: row["valid_accuracy"])
-    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}), last: {valid['accuracy']:.4f}")
+    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
     if config.valid_split > 0:
         load_weights(net, load_checkpoint(run_dir / "best.pt"), run_dir / "best.pt")
-        test = validate(net, data.test, device, DTYPES[precision], "Test")
-        print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f} (best.pt)")
+        test = validate(net, data.test, device, dtype, "Test")
+        print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
 
 
 def evaluate(path: str, given: Config) -> None:

@@ -125,10 +125,11 @@ def with_progress(batches: Iterable, meter: Meter, interval: float = 0.25) -> It
     that is not finite is found early.
     """
     shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-    with tqdm(batches, desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
+    with tqdm(total=len(batches), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
         looked = time.monotonic()
-        for batch in bar:
+        for batch in batches:
             yield batch
+            bar.update()
             if time.monotonic() - looked > interval:
                 _show(bar, meter)
                 looked = time.monotonic()

@@ -1,0 +1,312 @@
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import urllib.error
+
+import albumentations as A
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import dataset
+from dataset import (
+    AugmentedBatches,
+    DataError,
+    EpochBatches,
+    FixedBatches,
+    Split,
+    channel_statistics,
+    draw_shapes,
+    hold_out,
+    load_cifar10,
+    load_shapes,
+    load_source,
+    make_augmentation,
+    make_loader,
+    make_normalization,
+)
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+USUAL = {
+    "flip_probability": 0.5,
+    "shift_scale_rotate_probability": 0.5,
+    "shift_limit": 0.125,
+    "scale_limit": 0.1,
+    "rotate_limit": 15.0,
+    "coarse_dropout_probability": 0.5,
+    "hole_size": 16,
+}
+NEVER = {**USUAL, **dict.fromkeys([name for name in USUAL if name.endswith("probability")], 0.0)}
+
+
+def loader(split, num_workers=0, batch_size=16, seed=0, context=None, **augmentation):
+    augmentation = make_augmentation(MEAN, **{**USUAL, **augmentation})
+    batches = AugmentedBatches(split, augmentation, make_normalization(MEAN, STD), seed)
+    result = make_loader(batches, EpochBatches(len(split.labels), batch_size, seed), num_workers, pin_memory=False)
+    if context:
+        result.multiprocessing_context = context
+    return result
+
+
+def epoch(batches, number):
+    batches.sampler.set_epoch(number)
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)
+
+
+def copies(count):
+    """The same picture, without any symmetry, `count` times; labels number them."""
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return Split(np.repeat(picture[None], count, axis=0), np.arange(count))
+
+
+# --- sources ---
+
+
+def test_shapes_are_what_a_source_promises():
+    source = load_source("shapes", "nowhere")
+    for split in (source.train, source.test):
+        assert split.images.dtype == np.uint8
+        assert split.images.shape == (len(split.labels), 32, 32, 3)
+        assert split.labels.dtype == np.int64
+        assert np.bincount(split.labels).tolist() == [len(split.labels) // 10] * 10
+    assert len(source.class_names) == 10
+    assert not {image.tobytes() for image in source.train.images} & {image.tobytes() for image in source.test.images}
+
+
+def test_shapes_are_the_same_every_time_and_use_exact_arithmetic_only():
+    first, second = load_shapes(), load_shapes()
+    assert np.array_equal(first.train.images, second.train.images)
+
+    class OnlyRandom:  # a generator whose other methods may differ between numpy versions and machines
+        def __init__(self):
+            self.random = np.random.default_rng(0).random
+
+    assert len(np.unique(draw_shapes(20, OnlyRandom()).images, axis=0)) == 20
+
+
+def test_channel_statistics_are_numpys():
+    images = load_shapes().train.images
+    mean, std = channel_statistics(images)
+    np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)))
+    np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)))
+
+
+@pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """A tiny CIFAR-10 in its own format, whose md5 sums torchvision is told; and no network."""
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "data" / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": rng.integers(0, 256, (20, 3072), dtype=np.uint8), "labels": list(range(10)) * 2}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{k}", batch()) for k in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch())])
+    name, md5 = write("batches.meta", {"label_names": [f"class {k}" for k in range(10)]})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+
+    def no_network(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", no_network)
+    return folder
+
+
+def test_cifar10_is_what_a_source_promises(cifar10):
+    source = load_source("cifar10", cifar10.parent)
+    assert source.train.images.shape == (100, 32, 32, 3)
+    assert source.test.images.dtype == np.uint8
+    assert source.train.labels.dtype == np.int64
+    assert source.class_names[3] == "class 3"
+    row = pickle.loads((cifar10 / "data_batch_1").read_bytes())["data"][0]
+    assert np.array_equal(source.train.images[0], row.reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damaged_file_is_named(cifar10, name, damage):
+    path = cifar10 / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    with pytest.raises(DataError, match=rf"{name} is (damaged|missing).*delete .*{cifar10.name}"):
+        load_cifar10(cifar10.parent)
+
+
+def test_malicious_batch_file_never_runs(cifar10, tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "marker"),)
+
+    (cifar10 / "data_batch_2").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(DataError, match="data_batch_2 is damaged"):
+        load_cifar10(cifar10.parent)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_without_network_and_data_the_ways_out_are_named(cifar10, tmp_path):
+    with pytest.raises(DataError) as error:
+        load_cifar10(tmp_path / "empty")
+    message = str(error.value)
+    assert "\n" not in message
+    for words in (
+        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+        "c58f30108f718f92721af3b95e74349a",
+        str(tmp_path / "empty" / "cifar-10-python.tar.gz"),
+        "--data-dir",
+        "--dataset shapes",
+    ):
+        assert words in message
+    assert list((tmp_path / "empty").iterdir()) == []  # nothing that looks like a download
+
+
+def test_archive_put_in_place_by_hand_is_unpacked(cifar10, tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    archive = tmp_path / "by_hand" / CIFAR10.filename
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(cifar10, CIFAR10.base_folder)
+    with pytest.raises(DataError, match=f"{archive.name} is damaged"):
+        load_cifar10(archive.parent)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(load_cifar10(archive.parent).train.labels) == 100
+
+
+def test_data_dir_that_cannot_be_written(cifar10, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"cannot be written.*--data-dir"):
+        load_cifar10(tmp_path / "file" / "data")
+
+
+# --- splitting ---
+
+
+def test_held_out_images_are_stratified_seeded_and_disjoint():
+    train = load_shapes().train
+    rest, held_out = hold_out(train, 0.2, seed=1)
+    assert np.bincount(held_out.labels).tolist() == [24] * 10
+    assert len(rest.labels) + len(held_out.labels) == len(train.labels)
+    assert not {image.tobytes() for image in rest.images} & {image.tobytes() for image in held_out.images}
+    assert np.array_equal(held_out.images, hold_out(train, 0.2, seed=1)[1].images)
+    assert not np.array_equal(held_out.images, hold_out(train, 0.2, seed=2)[1].images)
+
+
+def test_split_that_leaves_nothing_is_refused():
+    with pytest.raises(DataError, match="valid_split"):
+        hold_out(load_shapes().train, 0.001, seed=0)
+
+
+# --- augmentation ---
+
+
+def test_batches_are_normalized_channels_last_tensors():
+    images, labels = next(iter(loader(copies(16), **NEVER)))
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+    expected = (torch.from_numpy(copies(1).images[0] / 255) - torch.tensor(MEAN)) / torch.tensor(STD)
+    torch.testing.assert_close(images[0], expected.permute(2, 0, 1).float(), atol=1e-5, rtol=0)
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    batches = loader(copies(100))
+    orders = [epoch(batches, number)[1] for number in (1, 2, 1)]
+    assert len(batches) == 7
+    assert orders[0].sort().values.tolist() == list(range(100))
+    assert not torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_same_seed_same_batches_with_any_number_of_workers(num_workers):
+    split = load_shapes().test
+    here, there = loader(split), loader(split, num_workers)
+    for number in (1, 2):
+        for mine, theirs in zip(epoch(here, number), epoch(there, number), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+def test_workers_need_not_be_forked(context):
+    split = copies(40)
+    assert torch.equal(epoch(loader(split, 1, context=context), 1)[0], epoch(loader(split), 1)[0])
+
+
+def test_order_of_images_plays_no_part_in_their_augmentation():
+    """An image is augmented alike in a batch of another size, where others were drawn before it."""
+    (a, labels_a), (b, labels_b) = (epoch(loader(copies(64), batch_size=size), 1) for size in (16, 23))
+    assert torch.equal(a[labels_a.argsort()], b[labels_b.argsort()])
+
+
+def test_augmentations_differ_between_images_epochs_workers_and_seeds():
+    split = copies(64)
+    always = dict.fromkeys([name for name in USUAL if name.endswith("probability")], 1.0)
+    batches = loader(split, num_workers=2, **always)
+    pictures = torch.cat([epoch(batches, number)[0] for number in (1, 2)])
+    pictures = torch.cat([pictures, epoch(loader(split, seed=1, **always), 1)[0]])
+    assert len(pictures.flatten(1).unique(dim=0)) == 3 * 64
+
+
+def test_transforms_of_a_pipeline_are_independent():
+    """Flip and hole each happen half the time, together a quarter: the library's own seeding would tie them."""
+    split = copies(2000)
+    picture = make_normalization(MEAN, STD)(images=split.images[:1])["images"][0]
+    images, _ = epoch(loader(split, batch_size=500, shift_scale_rotate_probability=0.0), 1)
+    same, mirrored = ((images == other).float().mean(dim=(1, 2, 3)) for other in (picture, picture.flip(2)))
+    flipped, hole = mirrored > same, torch.maximum(same, mirrored) < 0.99
+    for event in (flipped, hole, flipped ^ hole):  # if independent, the third is as likely as the others
+        assert 0.45 < event.float().mean() < 0.55
+
+
+def test_hole_has_the_mean_colour_and_its_size():
+    images, _ = epoch(loader(copies(20), **{**NEVER, "coarse_dropout_probability": 1.0}), 1)
+    assert ((images.abs() < 0.02).all(dim=1).sum(dim=(1, 2)) >= 16 * 16).all()  # the mean colour is 0 normalized
+
+
+def test_limits_reach_the_library():
+    flip, affine, hole = make_augmentation(MEAN, **USUAL).transforms
+    assert affine.translate_percent == {"x": (-0.125, 0.125), "y": (-0.125, 0.125)}
+    assert affine.scale == {"x": (0.9, 1.1), "y": (0.9, 1.1)}
+    assert affine.rotate == (-15, 15)
+    assert affine.border_mode == cv2.BORDER_REFLECT_101
+    assert hole.fill == (128, 102, 76)
+    assert [transform.p for transform in (flip, affine, hole)] == [0.5, 0.5, 0.5]
+
+
+def test_fixed_batches_keep_order_and_count():
+    split = load_shapes().test
+    batches = FixedBatches(split, make_normalization(MEAN, STD), batch_size=128)
+    images, labels = zip(*batches, strict=True)
+    assert len(batches) == 3
+    assert torch.equal(torch.cat(labels), torch.from_numpy(split.labels))
+    one = A.Compose([A.Normalize(MEAN, STD), A.ToTensorV2()])(image=split.images[5])["image"]
+    torch.testing.assert_close(images[0][5], one)
+
+
+def test_import_asks_no_server_and_prints_nothing():
+    code = (
+        "import socket; socket.socket.connect = socket.getaddrinfo = None\n"
+        "import urllib.request; urllib.request.urlopen = None\n"
+        "import warnings; warnings.simplefilter('error')\n"
+        f"import dataset; dataset.make_augmentation((0.5,) * 3, **{USUAL})"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "NO_ALBUMENTATIONS_UPDATE"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert dataset.os.environ["NO_ALBUMENTATIONS_UPDATE"] == "1"

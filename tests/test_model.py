@@ -1,0 +1,152 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model import Block, BlockSpec, Net, default_blocks, print_summary, receptive_field_table, receptive_fields
+
+# The specification's table: type, shape, parameters.
+SUMMARY = """\
+Conv2d 16,32,32 448; BatchNorm2d 16,32,32 32; Dropout2d 16,32,32 0
+Conv2d 16,32,32 2320; BatchNorm2d 16,32,32 32; Dropout2d 16,32,32 0
+Conv2d 16,32,32 2320; BatchNorm2d 16,32,32 32; Dropout2d 16,32,32 0
+Conv2d 16,32,32 160; Conv2d 32,32,32 544; BatchNorm2d 32,32,32 64; Dropout2d 32,32,32 0
+Conv2d 32,32,32 9248; BatchNorm2d 32,32,32 64; Dropout2d 32,32,32 0
+Conv2d 32,16,16 9248; BatchNorm2d 32,16,16 64; Dropout2d 32,16,16 0
+Conv2d 32,16,16 320; Conv2d 64,16,16 2112; BatchNorm2d 64,16,16 128; Dropout2d 64,16,16 0
+Conv2d 64,16,16 36928; BatchNorm2d 64,16,16 128; Dropout2d 64,16,16 0
+Conv2d 64,8,8 36928; BatchNorm2d 64,8,8 128; Dropout2d 64,8,8 0
+Conv2d 32,8,8 18464; BatchNorm2d 32,8,8 64; Dropout2d 32,8,8 0
+Conv2d 32,8,8 9248; BatchNorm2d 32,8,8 64; Dropout2d 32,8,8 0
+Conv2d 32,6,6 9248; AvgPool2d 32,1,1 0; Conv2d 10,1,1 330
+"""
+
+
+def test_summary_is_the_table_of_the_specification(capsys):
+    net = Net().eval()
+    random_state, running_mean = torch.get_rng_state(), net.blocks[0][1].running_mean.clone()
+    print_summary(net)
+    lines = capsys.readouterr().out.splitlines()
+    expected = [row.split() for row in SUMMARY.replace("\n", ";").split(";") if row]
+    rows = [line.replace(", ", ",").replace("[-1,", "[").split() for line in lines[3:41]]
+    numbered = [[f"{kind}-{n}", f"[{shape}]"] for n, (kind, shape, _) in enumerate(expected, start=1)]
+    assert [row[:2] for row in rows] == numbered
+    assert [int(row[2].replace(",", "")) for row in rows] == [int(row[2]) for row in expected]
+    assert [line for line in lines[41:] if line.strip("-=")] == [
+        "Total params: 138,666",
+        "Trainable params: 138,666",
+        "Non-trainable params: 0",
+        "Input size (MB): 0.01",
+        "Forward/backward pass size (MB): 3.95",
+        "Params size (MB): 0.53",
+        "Estimated Total Size (MB): 4.49",
+    ]
+    assert not net.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(net.blocks[0][1].running_mean, running_mean)
+
+
+def test_output_is_log_probabilities():
+    log_probs = Net(num_classes=7)(torch.randn(5, 3, 32, 32))
+    assert log_probs.shape == (5, 7)
+    torch.testing.assert_close(log_probs.exp().sum(dim=1), torch.ones(5))
+
+
+def test_output_stays_float32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Net()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
+
+
+def test_every_parameter_is_used():
+    net = Net()
+    F.nll_loss(net(torch.randn(8, 3, 32, 32)), torch.arange(8)).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_every_hidden_convolution_is_rectified():
+    net = Net().eval()
+    x = torch.randn(2, 3, 32, 32)
+    for block in net.blocks[:3]:
+        x = block(x)
+        assert x.min() == 0
+    assert net.blocks[3](x).min() < 0  # the last convolution has nothing after it
+
+
+def measured_receptive_field(blocks, depth):
+    """Side of the input patch that one pixel after the first `depth` blocks depends on, from gradients."""
+    net = Net(blocks, image_size=96).eval().double()
+    for p in net.parameters():
+        torch.nn.init.uniform_(p, 0.01, 0.1)  # all positive: no ReLU closes, no two paths cancel
+    x = torch.ones(1, 3, 96, 96, dtype=torch.double, requires_grad=True)
+    y = x
+    for block in net.blocks[:depth]:
+        y = block(y)
+    y[0, :, y.shape[2] // 2, y.shape[3] // 2].sum().backward()
+    rows, columns = x.grad[0].abs().sum(dim=0).nonzero().unbind(dim=1)
+    height, width = (int(line.max() - line.min()) + 1 for line in (rows, columns))
+    assert height == width
+    return height
+
+
+OTHER_BLOCKS = (BlockSpec(3, 4, 1, last="strided"), BlockSpec(4, 6, 2, True, "dilated"), BlockSpec(6, 4, 3))
+
+
+@pytest.mark.parametrize("blocks", [default_blocks(), OTHER_BLOCKS], ids=["default", "other"])
+def test_receptive_field_agrees_with_gradients(blocks):
+    computed = [fields[-1] for fields in receptive_fields(blocks)]
+    assert computed == [measured_receptive_field(blocks, depth) for depth in range(1, len(blocks) + 1)]
+
+
+def test_receptive_field_of_the_specification():
+    assert receptive_fields(default_blocks()) == [[3, 5, 9], [11, 13, 15], [19, 23, 27], [35, 43, 51]]
+    assert "35, 43, 51" in receptive_field_table(default_blocks())
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("separable", [False, True])
+@pytest.mark.parametrize(("last", "size"), [("plain", 8), ("dilated", 8), ("strided", 4), ("unpadded", 6)])
+def test_block_shapes(layers, separable, last, size):
+    block = Block(3, 5, layers, separable, last)
+    assert block(torch.randn(2, 3, 8, 8)).shape == (2, 5, size, size)
+    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in block) == layers + separable
+
+
+def test_net_follows_its_arguments():
+    net = Net(OTHER_BLOCKS, num_classes=3, dropout=0.25, image_size=33)
+    assert net(torch.randn(2, 3, 33, 33)).shape == (2, 3)
+    assert {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout2d)} == {0.25}
+    assert Net(base_channels=8).classifier.in_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ((), "no blocks"),
+        ((BlockSpec(3, 8, layers=0),), "block 1: layers must be 1, 2 or 3, not 0"),
+        ((BlockSpec(3, 8, layers=4),), "block 1: layers"),
+        ((BlockSpec(1, 8),), "block 1: in_channels is 1, but the image has 3"),
+        ((BlockSpec(3, 8), BlockSpec(9, 8)), "block 2: in_channels is 9, but block 1 has 8"),
+        ((BlockSpec(3, 0),), "block 1: out_channels must be 1 or more"),
+        ((BlockSpec(3, 8, last="diluted"),), "block 1: last must be one of plain"),
+        ((BlockSpec(3, 8, 1, last="strided"),) * 1 + (BlockSpec(8, 8, 1, last="unpadded"),) * 9, "block 9: nothing"),
+    ],
+)
+def test_table_that_cannot_work(blocks, message):
+    with pytest.raises(ValueError, match=message):
+        Net(blocks)
+
+
+def test_compile_and_export_give_the_same_output():
+    net, x = Net().eval(), torch.randn(4, 3, 32, 32)
+    expected = net(x)
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), expected)
+    dynamic = {"x": {0: torch.export.Dim("batch")}}
+    torch.testing.assert_close(torch.export.export(net, (x,), dynamic_shapes=dynamic).module()(x), expected)
+
+
+def test_importing_model_imports_only_torch():
+    code = "import sys; import torch; before = set(sys.modules); import model; print(*set(sys.modules) - before)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["model"]

@@ -1,0 +1,373 @@
+import csv
+import io
+import json
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import dataset
+import train
+import utils
+from dataset import FixedBatches, Source, draw_shapes, make_normalization
+from model import BlockSpec, Net
+from utils import CheckpointError, Meter, NonFiniteLoss, load_checkpoint, save_checkpoint, with_progress
+
+CPU = torch.device("cpu")
+OFF = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture
+def s8(monkeypatch, tmp_path):
+    """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
+    rng = np.random.default_rng(0)
+    few = Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(dataset.SHAPES))
+    monkeypatch.setattr(dataset, "load_shapes", lambda data_dir: few)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        flags = () if "--evaluate" in argv else ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0")
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])
+        try:
+            train.run()
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def refusal(capsys):
+    """The one line on stderr."""
+    err = capsys.readouterr().err
+    assert err.startswith("train.py: ")
+    assert err.count("\n") == 1
+    return err
+
+
+# --- a whole run ---
+
+
+def test_run_prints_the_specifications_log_and_leaves_its_files(s8, capsys):
+    assert s8("--epochs", "2", "--run-dir", "run") == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # no terminal, no bars
+    assert "Total params: 138,666" in out
+    assert re.search(r"^Device: cpu \(\d+ threads\), precision \w+, 0 workers\. Run: run$", out, re.M)
+    number = r"(\d+\.\d{4})"
+    losses = [rf"{name} Loss: {number}, {name} Acc: {number}\n" for name in ("Train", "Valid")]
+    summary = rf"\nEpoch (\d)/2 Summary:\n{losses[0]}{losses[1]}"
+    printed = re.findall(summary, out)
+    assert [row[0] for row in printed] == ["1", "2"]
+
+    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
+    with open("run/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
+    for row, values in zip(rows, printed, strict=True):
+        assert [f"{float(row[name]):.4f}" for name in columns[1:]] == list(values[1:])
+    recorded = json.loads(Path("run/config.json").read_text())
+    assert (recorded["dataset"], recorded["device"], recorded["epochs"]) == ("shapes", "cpu", 2)
+
+    last = load_checkpoint("run/last.pt")
+    assert last["epoch"] == 2
+    assert last["config"] == recorded
+    assert last["class_names"] == list(dataset.SHAPES)
+    assert [str(row["valid_loss"]) for row in last["metrics"]] == [row["valid_loss"] for row in rows]
+    best = max(last["metrics"], key=lambda row: row["valid_accuracy"])
+    assert load_checkpoint("run/best.pt")["epoch"] == best["epoch"]
+
+    assert s8("--evaluate", "run/last.pt") == 0
+    assert f"Test Loss: {printed[1][3]}, Test Acc: {printed[1][4]}" in capsys.readouterr().out
+
+
+def test_same_seed_same_run_with_dropout_and_workers(s8):
+    for name, workers in (("a", "0"), ("b", "2")):
+        assert s8("--epochs", "2", "--dropout", "0.1", "--run-dir", name, "--num-workers", workers) == 0
+    a, b = (load_checkpoint(f"{name}/last.pt") for name in "ab")
+    assert a["metrics"] == b["metrics"]
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    assert s8("--epochs", "1", "--dropout", "0.1", "--run-dir", "c", "--seed", "1") == 0
+    assert load_checkpoint("c/last.pt")["metrics"][0] != a["metrics"][0]
+
+
+def test_held_out_images_choose_and_the_test_images_are_used_once(s8, capsys, monkeypatch):
+    titles = []
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: titles.append((args[-1], args[1].split)) or validate(*args))
+    assert s8("--epochs", "2", "--valid-split", "0.2", "--run-dir", "run") == 0
+    assert [(title, len(split.labels)) for title, split in titles] == [
+        ("Epoch 1/2 - Validation", 30),
+        ("Epoch 2/2 - Validation", 30),
+        ("Test", 50),
+    ]
+    out = capsys.readouterr().out
+    assert s8("--evaluate", "run/best.pt") == 0
+    assert capsys.readouterr().out.strip() in out
+
+
+def test_default_run_dir_is_a_new_dated_one(s8, tmp_path):
+    assert s8("--epochs", "1") == 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", os.listdir(tmp_path / "runs")[0])
+
+
+# --- the loop's numbers ---
+
+
+@pytest.fixture
+def uneven():
+    """Three batches of 20, 20 and 3 images."""
+    return FixedBatches(draw_shapes(43, np.random.default_rng(1)), make_normalization((0.5,) * 3, (0.25,) * 3), 20)
+
+
+def test_validation_averages_are_over_images(uneven):
+    net = Net()
+    images, labels = (torch.cat(part) for part in zip(*uneven, strict=True))
+    result = train.validate(net, uneven, CPU, torch.float32)
+    with torch.no_grad():
+        log_probs = net.eval()(images)
+    assert result["loss"] == pytest.approx(F.nll_loss(log_probs, labels).item(), rel=1e-5)
+    assert result["accuracy"] == pytest.approx(100 * (log_probs.argmax(1) == labels).float().mean().item())
+
+
+def test_training_averages_are_over_images(uneven):
+    torch.manual_seed(0)
+    net = Net()
+    losses = [F.nll_loss(net(images), labels).item() for images, labels in uneven]
+    optimizer = train.make_optimizer(net, 0.9, True, 0.0)
+    result = train.train_one_epoch(net, uneven, optimizer, OFF, [0.0] * 3, CPU, torch.float32)
+    assert result["loss"] == pytest.approx(np.average(losses, weights=[20, 20, 3]), rel=1e-5)
+
+
+def test_each_step_has_its_learning_rate(uneven):
+    net = Net()
+    before = [p.clone() for p in net.parameters()]
+    optimizer = train.make_optimizer(net, 0.0, False, 0.0)
+    train.train_one_epoch(net, uneven, optimizer, OFF, [0.0, 0.0, 0.0], CPU, torch.float32)
+    assert all(map(torch.equal, before, net.parameters()))
+    train.train_one_epoch(net, uneven, optimizer, OFF, [0.0, 0.0, 0.1], CPU, torch.float32)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert not any(map(torch.equal, before[-2:], list(net.parameters())[-2:]))
+
+
+def test_weight_decay_spares_biases_and_batchnorm():
+    net = Net()
+    decayed, spared = train.make_optimizer(net, 0.9, True, 0.01).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
+    assert {name for name, p in net.named_parameters() if any(p is q for q in decayed["params"])} == {
+        name + ".weight" for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d)
+    }
+    assert sum(p.numel() for group in (decayed, spared) for p in group["params"]) == 138_666
+
+
+def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
+    waits = []
+    result = Meter.result
+    monkeypatch.setattr(Meter, "result", lambda meter: waits.append(1) or result(meter))
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *args, original=original: waits.append(1) or original(*args), raising=True
+        )
+    net = Net()
+    meter = Meter("Training", 3, CPU)
+    for images, labels in uneven:
+        log_probs = net(images)
+        meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
+    assert waits == []
+    meter.result()
+    assert waits
+
+
+def test_schedules():
+    def rates(schedule, accuracies=()):
+        return [train.learning_rate(schedule, 2.0, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
+
+    assert rates("onecycle") == pytest.approx([0, 1, 2, 1, 0])
+    assert rates("cosine") == pytest.approx([2, 1.951057, 1.809017, 0.690983, 0], abs=1e-6)
+    assert rates("constant") == [2] * 5
+    published = [83.28, 83.09, 82.68]  # epochs 22 to 24 of the specification's log: the rate fell at epoch 25
+    assert rates("plateau", published[:2]) == [2] * 5
+    assert rates("plateau", published) == [0.2] * 5
+
+
+def test_plateau_is_torchs():
+    accuracies = np.random.default_rng(0).integers(0, 20, 60).cumsum() * 0.2 + np.random.default_rng(1).normal(0, 9, 60)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, mode="max", factor=0.1, patience=1, threshold=0, eps=0
+    )
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        scheduler.step(accuracy)
+        ours = train.learning_rate("plateau", 1.0, 0.5, accuracies[:epoch].tolist())
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+# --- what is shown ---
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_bars_have_the_specifications_form(uneven, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(
+        utils.tqdm, "__init__", lambda bar, *a, f=utils.tqdm.__init__, **k: f(bar, *a, file=sys.stderr, **k)
+    )
+    monkeypatch.setenv("COLUMNS", "120")
+    train.validate(Net(), uneven, CPU, torch.float32, "Epoch 1/30 - Validation")
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert re.match(
+        r"Epoch 1/30 - Validation: 100%\|.*\| 3/3 \[\d\d:\d\d<00:00, .*it/s, accuracy=\d+\.\d{3}, loss=\d\.\d{4}\]",
+        last,
+    )
+
+
+# --- what can go wrong ---
+
+
+def test_loss_that_is_not_finite_stops_the_run(s8, capsys):
+    code = s8(
+        "--epochs", "3", "--run-dir", "run", "--learning-rate", "1000", "--schedule", "constant", "--dropout", "0.9"
+    )
+    assert code == 1
+    message = refusal(capsys)
+    assert re.search(r"Epoch \d/3 - (Training|Validation): the loss is (nan|inf) at step \d+", message)
+    assert "learning rate 1000" in message
+    if os.path.exists("run/last.pt"):
+        assert all(np.isfinite(row["train_loss"]) for row in load_checkpoint("run/last.pt")["metrics"])
+
+
+def test_the_first_loss_that_is_not_finite_is_found(uneven):
+    meter = Meter("Epoch 3/9 - Training", 3, CPU)
+    for loss in (1.0, float("nan"), float("inf")):
+        meter.update(torch.tensor(loss), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(NonFiniteLoss, match="Epoch 3/9 - Training: the loss is nan at step 2"):
+        list(with_progress([], meter))
+
+
+def test_run_dir_that_holds_a_run_is_kept(s8, capsys):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    capsys.readouterr()
+    assert s8("--epochs", "1", "--run-dir", "run", "--seed", "1") == 2
+    assert "run_dir run holds a run already" in refusal(capsys)
+    assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_run_dir_that_cannot_be_written(s8, capsys):
+    Path("file").touch()
+    assert s8("--run-dir", "file/run") == 2
+    assert "run_dir file/run cannot be written" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--device", "cud"], "device 'cud'"),
+        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--device", "cpu", "--precision", "float16"], "float16 needs a CUDA device"),
+        (["--valid-split", "0.001"], "valid_split"),
+        (["--epochs", "0"], "epochs must be between 1"),
+    ],
+)
+def test_wrong_setting_leaves_nothing_behind(s8, argv, words, capsys, tmp_path):
+    assert s8(*argv) == 2
+    assert words in refusal(capsys)
+    assert os.listdir(tmp_path) == []
+
+
+def test_auto_precision_is_bfloat16_only_where_it_is_native(monkeypatch):
+    for capabilities, precision in [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({}, "float32"),
+    ]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capabilities=capabilities: capabilities)
+        assert utils.choose_precision("auto", CPU) == precision
+    for capability, precision in [((8, 0), "bfloat16"), ((7, 5), "float32")]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert utils.choose_precision("auto", torch.device("cuda")) == precision
+    assert utils.choose_precision("float16", torch.device("cuda")) == "float16"
+
+
+def test_bfloat16_trains(s8):
+    assert s8("--epochs", "1", "--precision", "bfloat16", "--run-dir", "run") == 0
+
+
+# --- checkpoints ---
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "some.pt"
+    content = {"model": Net().state_dict(), "class_names": list(dataset.SHAPES), "config": {"dataset": "shapes"}}
+    save_checkpoint(path, {**content, "mean": (0.5,) * 3, "std": (0.25,) * 3})
+    return path
+
+
+def test_checkpoint_is_what_torch_reads_too(checkpoint):
+    assert torch.load(checkpoint, weights_only=True).keys() == load_checkpoint(checkpoint).keys()
+
+
+def test_flipped_bit_anywhere_is_found(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    for position in [*range(0, len(content), len(content) // 97), len(content) - 1]:
+        content[position] ^= 8
+        checkpoint.write_bytes(content)
+        content[position] ^= 8
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, -1])
+def test_truncated_checkpoint_is_refused(s8, checkpoint, size, capsys):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:size])
+    assert s8("--evaluate", str(checkpoint)) == 2
+    assert f"checkpoint {checkpoint} is damaged" in refusal(capsys)
+
+
+def test_missing_checkpoint_is_refused(s8, capsys):
+    assert s8("--evaluate", "nowhere.pt") == 2
+    assert "checkpoint nowhere.pt cannot be read" in refusal(capsys)
+
+
+def test_other_format_is_refused(s8, checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(utils, "FORMAT", "s8erav3-99")
+    assert s8("--evaluate", str(checkpoint)) == 2
+    assert "is not of format s8erav3-99" in refusal(capsys)
+
+
+@pytest.mark.parametrize("net", [Net(num_classes=9), Net([BlockSpec(3, 10)])], ids=["classes", "blocks"])
+def test_other_architecture_is_refused_and_changes_nothing(s8, checkpoint, net, capsys):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match="another architecture"):
+        utils.load_weights(net, load_checkpoint(checkpoint), checkpoint)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "model": net.state_dict()})
+    assert s8("--evaluate", str(checkpoint)) == 2
+    assert "another architecture" in refusal(capsys)
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "with a correct SHA-256"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
+def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, capsys):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "marker"),)
+
+    buffer = io.BytesIO()
+    torch.save(Malicious(), buffer) if zipped else buffer.write(pickle.dumps(Malicious()))
+    content = buffer.getvalue()
+    (tmp_path / "bad.pt").write_bytes(content + utils.hashlib.sha256(content).digest() * sealed)
+    assert s8("--evaluate", "bad.pt") == 2
+    assert "checkpoint bad.pt" in refusal(capsys)
+    assert not (tmp_path / "marker").exists()
