@@ -38,6 +38,7 @@ class Config:
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
+    deterministic: bool = False  # the same run bit for bit on CUDA too, slower; the CPU's always is
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 
@@ -87,11 +88,19 @@ def check(config: Config) -> None:
 
 
 class Arguments(NamedTuple):
-    """What the command line asks for; `given` names the fields of `config` that stand on it."""
+    """What the command line asks for; `given` holds the fields of `config` that stand on it."""
 
     config: Config
-    given: frozenset[str]
+    given: dict[str, object]
+    resume: str | None
     evaluate: str | None
+
+
+# What may be given beside --resume and --evaluate, which take the rest from the run or the checkpoint.
+_GIVEN_WITH = {
+    "resume": {"epochs", "num_workers", "device", "data_dir"},
+    "evaluate": {"batch_size", "device", "precision", "data_dir"},
+}
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -119,23 +128,30 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(
         prog="train.py",
-        usage="python train.py [--evaluate PATH] [--SETTING VALUE ...]",
+        usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--SETTING VALUE ...]",
         description="Train the 138,666-parameter network on CIFAR-10.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
-    parser.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    mode.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
     parser.add_arguments(Config, dest="config", default=config)
     arguments, unknown = parser.parse_known_args(argv)
     flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], [*flags, "--evaluate", "--help"], n=1)
+        nearest = difflib.get_close_matches(unknown[0], [*flags, "--resume", "--evaluate", "--help"], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
     try:
         check(arguments.config)
     except ConfigError as error:
         parser.error(str(error))
-    given = {flags[word.split("=")[0]] for word in argv if word.split("=")[0] in flags}
-    return Arguments(arguments.config, frozenset(given), arguments.evaluate)
+    given = {flag: name for flag, name in flags.items() if flag in {word.split("=")[0] for word in argv}}
+    for mode, allowed in _GIVEN_WITH.items():
+        for flag, name in given.items():
+            if getattr(arguments, mode) and name not in allowed:
+                parser.error(f"{flag} cannot be given with --{mode}, which takes it from what was saved")
+    values = {name: getattr(arguments.config, name) for name in given.values()}
+    return Arguments(arguments.config, values, arguments.resume, arguments.evaluate)

@@ -6,6 +6,7 @@ the same for all sources.
 
 import os
 import random
+import signal
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -308,14 +309,37 @@ class FixedBatches:
 
 
 def _start_worker(worker: int) -> None:
+    """Set up a worker process: one thread, and signals that leave the main process the only one to speak."""
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
+    # A terminal's Ctrl-C and a cluster's SIGTERM reach the whole process group. The main process ends its
+    # workers itself; SIGTERM must still work, and with exit code 0 torch does not take it for a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+
+
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers start with the stop signals blocked: _start_worker unblocks them once it is ready."""
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_loader(batches: AugmentedBatches, keys: EpochBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Return a loader of augmented batches, made in `num_workers` processes; 0 makes them in this one."""
     if num_workers == 0:
-        _start_worker(0)
-    return DataLoader(
+        cv2.setNumThreads(0)
+    return _Loader(
         batches,
         sampler=keys,
         batch_size=None,  # an item is a whole batch already

@@ -1,10 +1,11 @@
 """Train the network: ``python train.py``; ``python train.py --help`` lists the settings."""
 
-import json
 import math
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,22 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from config import Config, parse_args
+from checkpoint import (
+    BEST,
+    RunError,
+    WriteError,
+    best_row,
+    describe_progress,
+    load_checkpoint,
+    load_weights,
+    new_run_dir,
+    open_run_dir,
+    read_run,
+    write_config,
+    write_epoch,
+    write_metrics,
+)
+from config import Config, ConfigError, check, parse_args
 from dataset import (
     AugmentedBatches,
     DataError,
@@ -28,22 +44,19 @@ from dataset import (
 from model import Net, print_summary
 from utils import (
     DTYPES,
-    CheckpointError,
     Meter,
     NonFiniteLoss,
+    Stop,
     UsageError,
     choose_device,
     choose_precision,
     choose_workers,
     describe_device,
-    load_checkpoint,
-    load_weights,
-    make_run_dir,
-    save_checkpoint,
+    ignore_signals,
+    make_deterministic,
     seed_torch,
+    stop_on_signals,
     with_progress,
-    write_atomically,
-    write_metrics,
 )
 
 
@@ -189,30 +202,39 @@ def epoch_rates(config: Config, epoch: int, steps: int, accuracies: list[float])
     return [learning_rate(config.schedule, config.learning_rate, progress, accuracies) for progress in done]
 
 
-def main(config: Config) -> None:
-    """Train as the config says; results are printed, and left in the run's folder."""
+def main(config: Config, resume: bool = False) -> None:
+    """Train as the config says; leave the results in config.run_dir, or continue the run that is there."""
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     num_workers = choose_workers(config.num_workers, device)
     config = replace(config, device=str(device), precision=precision, num_workers=num_workers)
-    dtype = DTYPES[precision]
+    make_deterministic(config.deterministic)
     data = load_data(config)
-    run_dir = make_run_dir(config.run_dir)
-    config = replace(config, run_dir=str(run_dir))
-    write_atomically(run_dir / "config.json", json.dumps(asdict(config), indent=2).encode() + b"\n")
-
     seed_torch(config.seed, epoch=0)
     net = Net(num_classes=len(data.class_names), dropout=config.dropout)
-    print_summary(net)
-    print(
-        f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {run_dir}\n", flush=True
-    )
-    net.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+    with open_run_dir(config.run_dir, resume):
+        print_summary(net)
+        print(f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {config.run_dir}")
+        checkpoint = read_run(config.run_dir)[1] if resume else None
+        fit(config, data, net.to(device, memory_format=torch.channels_last), device, checkpoint)
 
+
+def fit(config: Config, data: Data, net: nn.Module, device: torch.device, checkpoint: dict | None) -> None:
+    """Train the network, from the checkpoint on if there is one, and write each epoch's results."""
+    dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
+    optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     rows = []
-    for epoch in range(1, config.epochs + 1):
+    if checkpoint:
+        load_weights(net, checkpoint)  # first: it refuses another network's before anything is changed
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        rows = checkpoint["metrics"]
+        write_metrics(run_dir, rows)
+        print(f"Continuing after epoch {len(rows)}")
+    write_config(run_dir, asdict(config))
+
+    for epoch in range(len(rows) + 1, config.epochs + 1):
         title = f"Epoch {epoch}/{config.epochs}"
         rates = epoch_rates(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch)
@@ -222,32 +244,51 @@ def main(config: Config) -> None:
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
         print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
-
         row = {"epoch": epoch, "learning_rate": rates[-1]}
         row |= {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
         rows.append(row)
-        best = max(rows, key=lambda row: row["valid_accuracy"])  # the first of equals
-        checkpoint = {
-            "config": asdict(config),
-            "class_names": list(data.class_names),
-            "mean": data.mean,
-            "std": data.std,
-            "epoch": epoch,
-            "metrics": rows,
-            "model": net.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-        }
-        if best is row:
-            save_checkpoint(run_dir / "best.pt", checkpoint)
-        save_checkpoint(run_dir / "last.pt", checkpoint)
-        write_metrics(run_dir / "metrics.csv", rows)
+        write_epoch(
+            run_dir,
+            {
+                "config": asdict(config),
+                "class_names": list(data.class_names),
+                "mean": data.mean,
+                "std": data.std,
+                "epoch": epoch,
+                "metrics": rows,
+                "model": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            },
+        )
 
+    best = best_row(rows)
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
     if config.valid_split > 0:
-        load_weights(net, load_checkpoint(run_dir / "best.pt"), run_dir / "best.pt")
+        load_weights(net, load_checkpoint(run_dir / BEST))
         test = validate(net, data.test, device, dtype, "Test")
         print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+
+
+def resume(run_dir: str, given: dict) -> None:
+    """Continue the run in run_dir with its own settings, but for those given now.
+
+    Raises UsageError or RunError.
+    """
+    settings, checkpoint = read_run(run_dir)
+    try:
+        config = replace(Config(**settings), run_dir=run_dir, **given)
+        check(config)
+    except (TypeError, ConfigError) as error:
+        raise RunError(f"the settings saved in {run_dir} cannot be used ({error})") from None
+    done = checkpoint["epoch"] if checkpoint else 0
+    if config.epochs != settings["epochs"] and config.schedule in ("onecycle", "cosine"):
+        raise UsageError(
+            f"epochs cannot become {config.epochs}: schedule {config.schedule} was laid out for {settings['epochs']}"
+        )
+    if config.epochs < done:
+        raise UsageError(f"epochs cannot become {config.epochs}: {done} are done already")
+    main(config, resume=True)
 
 
 def evaluate(path: str, given: Config) -> None:
@@ -255,29 +296,55 @@ def evaluate(path: str, given: Config) -> None:
     checkpoint = load_checkpoint(path)
     device = choose_device(given.device)
     dtype = DTYPES[choose_precision(given.precision, device)]
-    source = load_source(checkpoint["config"]["dataset"], given.data_dir)
     net = Net(num_classes=len(checkpoint["class_names"]))
-    load_weights(net, checkpoint, path)
+    load_weights(net, checkpoint)
     net.to(device, memory_format=torch.channels_last)
+    source = load_source(checkpoint["config"]["dataset"], given.data_dir)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
     test = validate(net, FixedBatches(source.test, normalization, given.batch_size), device, dtype, "Test")
     print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
 
 
+def describe_failure(error: BaseException) -> tuple[int, str] | None:
+    """Return exit code and message for a user's mistake or what befell the run; None for a mistake of ours."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, (UsageError, DataError, RunError)):
+        return 2, f"error: {text}"
+    if isinstance(error, Stop):
+        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
+    if isinstance(error, NonFiniteLoss):
+        return 1, f"stopped: {text}; a new run needs a lower --learning-rate"
+    if isinstance(error, WriteError):
+        return 1, f"stopped: {text}"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return 1, f"stopped: a process that augments images died ({text})"
+    return None
+
+
 def run() -> None:
-    """Do what the command line asks; a user's mistake ends in one line on stderr and exit code 2."""
+    """Do what the command line asks; an end before time is one line on stderr and an exit code that is not 0."""
     arguments = parse_args()
+    stop_on_signals()
+    run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
     try:
         if arguments.evaluate:
-            evaluate(arguments.evaluate, arguments.config)
-        else:
-            main(arguments.config)
-    except (UsageError, DataError, CheckpointError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteLoss as error:
-        print(f"train.py: stopped: {error}; a lower --learning-rate usually helps", file=sys.stderr)
-        sys.exit(1)
+            return evaluate(arguments.evaluate, arguments.config)
+        if arguments.resume:
+            return resume(run_dir, arguments.given)
+        return main(replace(arguments.config, run_dir=run_dir))
+    except BaseException as error:
+        ignore_signals()
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+    # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
+    code, message = failure
+    if code != 2 and not arguments.evaluate:
+        message += f"; {describe_progress(run_dir)}"
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

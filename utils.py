@@ -1,15 +1,11 @@
-"""What the training loop needs and nobody wants to read first: device, meter, bars, checkpoints, metrics file."""
+"""What the training loop needs and nobody wants to read first: device, precision, meter, bars, signals."""
 
-import csv
-import hashlib
-import io
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from datetime import datetime
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -72,6 +68,13 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
     if num_workers >= 0:
         return num_workers
     return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1))
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Make torch use only operations that give the same bits every time; on the CPU, with equal threads, all do."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
+        torch.use_deterministic_algorithms(True)
 
 
 def seed_torch(seed: int, epoch: int) -> None:
@@ -141,91 +144,30 @@ def _show(bar: tqdm, meter: Meter) -> None:
     bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", loss=f"{result['loss']:.4f}")
 
 
-# --- a run's folder -----------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------
 
 
-def make_run_dir(run_dir: str) -> Path:
-    """Create and return the run's folder, a new dated one under runs/ if the name is empty.
+class Stop(BaseException):
+    """Ctrl-C or SIGTERM; no Exception, so that no library takes it for an error that it can handle."""
 
-    Raises UsageError if the folder holds a run already or cannot be written.
-    """
-    folder = Path(run_dir or datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S"))
-    if (folder / "config.json").exists():
-        raise UsageError(f"run_dir {folder} holds a run already: name another with --run-dir")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"run_dir {folder} cannot be written ({error.strerror}): name another, --run-dir") from None
-    return folder
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file by a whole new one: whoever reads it, at any moment, finds the old or the new content."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def stop_on_signals() -> None:
+    """From now on raise Stop, instead of what Python does, at Ctrl-C and SIGTERM."""
+
+    def stop(signum, frame):
+        raise Stop(signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 
-def write_metrics(path: Path, rows: list[dict[str, float]]) -> None:
-    """Write metrics.csv: a row for each epoch."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
-
-
-# --- checkpoints --------------------------------------------------------------------------------------
-
-FORMAT = "s8erav3-1"
-
-
-class CheckpointError(Exception):
-    """A file that is no usable checkpoint; the message is one line for the user."""
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
-
-    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain
-    torch.load reads these files too.
-    """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
-    data = buffer.getvalue()
-    write_atomically(path, data + hashlib.sha256(data).digest())
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Read what save_checkpoint wrote, on the CPU; nothing in the file can run (weights_only).
-
-    Raises CheckpointError for a file that is missing, damaged or of another format.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror})") from None
-    data, digest = content[:-32], content[-32:]
-    if hashlib.sha256(data).digest() != digest:
-        raise CheckpointError(f"checkpoint {path} is damaged, or not one of this program: its SHA-256 does not match")
-    try:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # whatever the unpickler meets in a file that this program did not write
-        raise CheckpointError(f"checkpoint {path} holds more than tensors and plain values: it is not loaded") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {path} is not of format {FORMAT}: another version of this program wrote it")
-    return checkpoint
-
-
-def load_weights(net: torch.nn.Module, checkpoint: dict, path: str | Path) -> None:
-    """Load a checkpoint's weights; raise CheckpointError, the network unchanged, if they are another network's."""
-    ours, theirs = net.state_dict(), checkpoint["model"]
-    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
-        raise CheckpointError(f"checkpoint {path} is of another architecture than the one in model.py")
-    net.load_state_dict(theirs)
+def ignore_signals() -> None:
+    """From now on ignore Ctrl-C, SIGTERM, and torch's alarm at the end of a worker: the program is ending already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

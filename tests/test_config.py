@@ -34,7 +34,7 @@ def test_flags_set_fields_of_their_type():
     arguments = parse_args(["--batch-size=64", "--learning-rate", "1", "--schedule", "cosine", "--nesterov", "false"])
     expected = dataclasses.replace(config, batch_size=64, learning_rate=1.0, schedule="cosine", nesterov=False)
     assert arguments.config == expected
-    assert arguments.given == {"batch_size", "learning_rate", "schedule", "nesterov"}
+    assert arguments.given == {"batch_size": 64, "learning_rate": 1.0, "schedule": "cosine", "nesterov": False}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import io
 import json
 import os
@@ -15,40 +16,13 @@ from torch.nn import functional as F
 import dataset
 import train
 import utils
-from dataset import FixedBatches, Source, draw_shapes, make_normalization
+from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint
+from dataset import FixedBatches, draw_shapes, make_normalization
 from model import BlockSpec, Net
-from utils import CheckpointError, Meter, NonFiniteLoss, load_checkpoint, save_checkpoint, with_progress
+from utils import Meter, NonFiniteLoss, with_progress
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
-
-
-@pytest.fixture
-def s8(monkeypatch, tmp_path):
-    """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
-    rng = np.random.default_rng(0)
-    few = Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(dataset.SHAPES))
-    monkeypatch.setattr(dataset, "load_shapes", lambda data_dir: few)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        flags = () if "--evaluate" in argv else ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0")
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])
-        try:
-            train.run()
-        except SystemExit as stop:
-            return stop.code
-        return 0
-
-    return run
-
-
-def refusal(capsys):
-    """The one line on stderr."""
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: ")
-    assert err.count("\n") == 1
-    return err
 
 
 # --- a whole run ---
@@ -66,7 +40,7 @@ def test_run_prints_the_specifications_log_and_leaves_its_files(s8, capsys):
     printed = re.findall(summary, out)
     assert [row[0] for row in printed] == ["1", "2"]
 
-    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "last.pt", "metrics.csv"]
+    assert sorted(os.listdir("run")) == [".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
     with open("run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
     columns = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
@@ -234,12 +208,12 @@ def test_bars_have_the_specifications_form(uneven, monkeypatch):
 # --- what can go wrong ---
 
 
-def test_loss_that_is_not_finite_stops_the_run(s8, capsys):
+def test_loss_that_is_not_finite_stops_the_run(s8, refusal):
     code = s8(
         "--epochs", "3", "--run-dir", "run", "--learning-rate", "1000", "--schedule", "constant", "--dropout", "0.9"
     )
     assert code == 1
-    message = refusal(capsys)
+    message = refusal()
     assert re.search(r"Epoch \d/3 - (Training|Validation): the loss is (nan|inf) at step \d+", message)
     assert "learning rate 1000" in message
     if os.path.exists("run/last.pt"):
@@ -254,19 +228,19 @@ def test_the_first_loss_that_is_not_finite_is_found(uneven):
         list(with_progress([], meter))
 
 
-def test_run_dir_that_holds_a_run_is_kept(s8, capsys):
+def test_run_dir_that_holds_a_run_is_kept(s8, capsys, refusal):
     assert s8("--epochs", "1", "--run-dir", "run") == 0
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     capsys.readouterr()
     assert s8("--epochs", "1", "--run-dir", "run", "--seed", "1") == 2
-    assert "run_dir run holds a run already" in refusal(capsys)
+    assert "run_dir run holds a run already" in refusal()
     assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
 
 
-def test_run_dir_that_cannot_be_written(s8, capsys):
+def test_run_dir_that_cannot_be_written(s8, refusal):
     Path("file").touch()
     assert s8("--run-dir", "file/run") == 2
-    assert "run_dir file/run cannot be written" in refusal(capsys)
+    assert "run_dir file/run cannot be written" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -279,9 +253,9 @@ def test_run_dir_that_cannot_be_written(s8, capsys):
         (["--epochs", "0"], "epochs must be between 1"),
     ],
 )
-def test_wrong_setting_leaves_nothing_behind(s8, argv, words, capsys, tmp_path):
+def test_wrong_setting_leaves_nothing_behind(s8, argv, words, refusal, tmp_path):
     assert s8(*argv) == 2
-    assert words in refusal(capsys)
+    assert words in refusal()
     assert os.listdir(tmp_path) == []
 
 
@@ -324,42 +298,42 @@ def test_flipped_bit_anywhere_is_found(checkpoint):
         content[position] ^= 8
         checkpoint.write_bytes(content)
         content[position] ^= 8
-        with pytest.raises(CheckpointError, match="damaged"):
+        with pytest.raises(RunError, match="damaged"):
             load_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("size", [0, 10, 1000, -1])
-def test_truncated_checkpoint_is_refused(s8, checkpoint, size, capsys):
+def test_truncated_checkpoint_is_refused(s8, checkpoint, size, refusal):
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
     assert s8("--evaluate", str(checkpoint)) == 2
-    assert f"checkpoint {checkpoint} is damaged" in refusal(capsys)
+    assert f"checkpoint {checkpoint} is damaged" in refusal()
 
 
-def test_missing_checkpoint_is_refused(s8, capsys):
+def test_missing_checkpoint_is_refused(s8, refusal):
     assert s8("--evaluate", "nowhere.pt") == 2
-    assert "checkpoint nowhere.pt cannot be read" in refusal(capsys)
+    assert "checkpoint nowhere.pt cannot be read" in refusal()
 
 
-def test_other_format_is_refused(s8, checkpoint, capsys, monkeypatch):
-    monkeypatch.setattr(utils, "FORMAT", "s8erav3-99")
+def test_other_format_is_refused(s8, checkpoint, refusal, monkeypatch):
+    monkeypatch.setattr("checkpoint.FORMAT", "s8erav3-99")
     assert s8("--evaluate", str(checkpoint)) == 2
-    assert "is not of format s8erav3-99" in refusal(capsys)
+    assert "is not of format s8erav3-99" in refusal()
 
 
 @pytest.mark.parametrize("net", [Net(num_classes=9), Net([BlockSpec(3, 10)])], ids=["classes", "blocks"])
-def test_other_architecture_is_refused_and_changes_nothing(s8, checkpoint, net, capsys):
+def test_other_architecture_is_refused_and_changes_nothing(s8, checkpoint, net, refusal):
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(CheckpointError, match="another architecture"):
-        utils.load_weights(net, load_checkpoint(checkpoint), checkpoint)
+    with pytest.raises(RunError, match="another architecture"):
+        load_weights(net, load_checkpoint(checkpoint))
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "model": net.state_dict()})
     assert s8("--evaluate", str(checkpoint)) == 2
-    assert "another architecture" in refusal(capsys)
+    assert "another architecture" in refusal()
 
 
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "with a correct SHA-256"])
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
-def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, capsys):
+def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, refusal):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "marker"),)
@@ -367,7 +341,7 @@ def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, capsys):
     buffer = io.BytesIO()
     torch.save(Malicious(), buffer) if zipped else buffer.write(pickle.dumps(Malicious()))
     content = buffer.getvalue()
-    (tmp_path / "bad.pt").write_bytes(content + utils.hashlib.sha256(content).digest() * sealed)
+    (tmp_path / "bad.pt").write_bytes(content + hashlib.sha256(content).digest() * sealed)
     assert s8("--evaluate", "bad.pt") == 2
-    assert "checkpoint bad.pt" in refusal(capsys)
+    assert "checkpoint bad.pt" in refusal()
     assert not (tmp_path / "marker").exists()

@@ -1,0 +1,73 @@
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import dataset
+import train
+from checkpoint import load_checkpoint
+from dataset import Source, draw_shapes
+
+
+def few_shapes(data_dir=None):
+    """Stands in for load_shapes: 150 pictures to train on, 50 to test on."""
+    rng = np.random.default_rng(0)
+    return Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(dataset.SHAPES))
+
+
+def equal(a, b):
+    """Whether two nests of dicts, lists and tensors are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def outcome(run_dir):
+    """Everything a run leaves, but for the settings that may differ between equal runs."""
+    checkpoints = [load_checkpoint(run_dir / name) for name in ("last.pt", "best.pt")]
+    for checkpoint in checkpoints:
+        for setting in ("run_dir", "num_workers"):
+            checkpoint["config"].pop(setting)
+    return checkpoints, (run_dir / "metrics.csv").read_text()
+
+
+@pytest.fixture
+def s8(monkeypatch, tmp_path):
+    """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
+    monkeypatch.setattr(dataset, "load_shapes", few_shapes)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*argv):
+        new = not {"--evaluate", "--resume"} & {*argv}
+        flags = ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0") if new else ()
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])
+        try:
+            train.run()
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Return a function that gives the one line on stderr."""
+
+    def read():
+        err = capsys.readouterr().err
+        assert err.startswith("train.py: ")
+        assert err.count("\n") == 1
+        return err
+
+    return read

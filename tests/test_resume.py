@@ -1,0 +1,239 @@
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint, save_checkpoint
+from model import BlockSpec, Net
+from tests.conftest import equal, outcome
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*argv, folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.driver", *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:This DataLoader"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
+
+
+def test_killed_again_and_again_it_is_the_same_run(tmp_path):
+    straight = start(*NEW, "--run-dir", "straight", "--num-workers", "0", folder=tmp_path)
+    # An epoch is 5 steps and 2 validation batches; its end is 3 or 4 files, each with an fsync of file and folder.
+    kills = [
+        (("3", "update"), "1"),  # in the first epoch: nothing is saved yet
+        (("7", "update"), "0"),  # in validation
+        (("3", "fsync"), "2"),  # while the first checkpoint is written
+        (("4", "replace"), "0"),  # between the checkpoints and metrics.csv
+        (("8", "update"), "3"),
+    ]
+    argv = (*NEW, "--run-dir", "killed")
+    for kill, workers in kills:
+        process = start("--kill-at", *kill, *argv, "--num-workers", workers, folder=tmp_path)
+        _, err = process.communicate()
+        assert (process.returncode, err) == (-signal.SIGKILL, "")
+        argv = ("--resume", "killed")
+    process = start(*argv, folder=tmp_path)
+    out, err = process.communicate()
+    assert (process.returncode, err) == (0, "")
+    assert straight.wait() == 0
+    assert equal(outcome(tmp_path / "straight"), outcome(tmp_path / "killed"))
+    assert "Continuing after epoch" in out
+
+
+@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "fork"), (signal.SIGTERM, "spawn")])
+def test_signal_to_the_process_group_ends_it_with_one_line(tmp_path, number, method):
+    argv = ("--epochs", "1000", "--run-dir", "a run", "--num-workers", "2")
+    process = start("--start-method", method, *NEW, *argv, folder=tmp_path)
+    for line in process.stdout:
+        if line.startswith("Epoch 2/"):
+            break
+    os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number, err
+    epoch = load_checkpoint(tmp_path / "a run" / "last.pt")["epoch"]
+    assert err == (
+        f"train.py: stopped by {signal.Signals(number).name}; epoch {epoch} is saved; "
+        f"to continue: python train.py --resume 'a run'\n"
+    )
+    time.sleep(1)  # multiprocessing's own helper ends a moment after
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # finds nobody: no worker is left behind
+
+
+def test_longer_run_is_the_same_as_one_that_was_longer_from_the_start(s8):
+    constant = ("--schedule", "constant", "--learning-rate", "0.05")
+    assert s8(*constant, "--epochs", "2", "--run-dir", "straight") == 0
+    assert s8(*constant, "--epochs", "1", "--run-dir", "longer") == 0
+    assert s8("--resume", "longer", "--epochs", "2") == 0
+    straight, longer = (load_checkpoint(f"{name}/last.pt") for name in ("straight", "longer"))
+    assert all(equal(straight[part], longer[part]) for part in ("model", "optimizer", "metrics"))
+    assert json.loads(Path("longer/config.json").read_text())["epochs"] == 2
+
+
+def test_finished_run_stays_as_it_is(s8, capsys):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    before = Path("run/last.pt").read_bytes()
+    Path("run/metrics.csv").unlink()  # as if killed before it was written
+    capsys.readouterr()
+    assert s8("--resume", "run") == 0
+    assert "Best Valid Acc" in capsys.readouterr().out
+    assert Path("run/last.pt").read_bytes() == before
+    assert Path("run/metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--seed", "1"], "--seed cannot be given with --resume"),
+        (["--run-dir", "x"], "--run-dir cannot be given with --resume"),
+        (["--epochs", "2"], "schedule onecycle was laid out for 1"),
+        (["--evaluate", "run/last.pt"], "not allowed with"),
+    ],
+)
+def test_setting_that_would_make_it_another_run_is_refused(s8, refusal, argv, words, capsys):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    before = Path("run/last.pt").read_bytes()
+    capsys.readouterr()
+    assert s8("--resume", "run", *argv) == 2
+    assert words in refusal()
+    assert Path("run/last.pt").read_bytes() == before
+
+
+def test_run_cannot_become_shorter_than_it_is(s8, refusal):
+    assert s8("--epochs", "2", "--schedule", "constant", "--run-dir", "run") == 0
+    assert s8("--resume", "run", "--epochs", "1") == 2
+    assert "2 are done already" in refusal()
+
+
+def other_architecture():
+    checkpoint = load_checkpoint("run/last.pt")
+    save_checkpoint(Path("run/last.pt"), {**checkpoint, "model": Net([BlockSpec(3, 10)]).state_dict()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda: Path("run/last.pt").write_bytes(b"PK"), "run/last.pt is damaged"),
+        (other_architecture, "another architecture"),
+        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").unlink()), "run holds no run"),
+        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").write_text("{")), "config.json cannot be read"),
+        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").write_text('{"x": 1}')), "cannot be used"),
+    ],
+)
+def test_run_that_cannot_be_resumed(s8, refusal, damage, words):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    damage()
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    assert s8("--resume", "run") == 2
+    assert words in refusal()
+    assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_second_run_in_the_same_folder_is_refused(s8, refusal):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    code = (
+        "import fcntl as f, sys; l = open('run/.lock', 'w'); f.lockf(l, f.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert s8("--resume", "run") == 2
+        other.stdin.close()
+    assert "run_dir run is in use" in refusal()
+    assert s8("--resume", "run") == 0
+
+
+# --- failures that people meet ---
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Make the Nth call of a function from now on do something else."""
+
+    def arrange(owner, name, count, failure):
+        original, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return failure() if len(calls) == count else original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return arrange
+
+
+def throw(error):
+    raise error
+
+
+FIRST = "epoch 1 is saved; to continue: python train.py --resume run"
+
+
+def test_full_disk(s8, fail, refusal):
+    # config.json, three files of the first epoch, each with its folder; then the first file of the second epoch
+    fail(os, "fsync", 9, lambda: throw(OSError(errno.ENOSPC, "No space left on device")))
+    assert s8("--epochs", "3", "--run-dir", "run") == 1
+    message = refusal()
+    assert "run/best.pt cannot be written (No space left on device)" in message or "run/last.pt cannot" in message
+    assert FIRST in message
+    assert load_checkpoint("run/last.pt")["epoch"] == 1
+    assert not [path for path in Path("run").iterdir() if path.suffix == ".tmp"]
+    assert s8("--resume", "run") == 0
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory(s8, fail, refusal, error):
+    fail(train, "train_step", 7, lambda: throw(error))
+    assert s8("--epochs", "3", "--run-dir", "run") == 1
+    message = refusal()
+    assert "smaller --batch-size" in message
+    assert "epoch 1 is saved" in message
+
+
+def test_worker_killed(tmp_path):
+    argv = (*NEW, "--run-dir", "run", "--num-workers", "2")
+    _, err = start("--kill-at", "9", "worker", *argv, folder=tmp_path).communicate()
+    assert err.startswith("train.py: stopped: a process that augments images died (DataLoader worker (pid ")
+    assert err.endswith("; epoch 1 is saved; to continue: python train.py --resume run\n")
+    assert err.count("\n") == 1
+
+
+def test_signal_before_anything_is_written(s8, fail, refusal, tmp_path):
+    fail(train, "load_data", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert s8("--run-dir", "run") == 143
+    assert refusal() == "train.py: stopped by SIGTERM; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loss_that_is_not_finite_keeps_what_was_saved(s8, fail, refusal):
+    bad = torch.tensor(float("nan"), requires_grad=True)
+    fail(train, "train_step", 8, lambda: (bad, torch.zeros(32, 10)))
+    assert s8("--epochs", "3", "--run-dir", "run") == 1
+    message = refusal()
+    assert "Epoch 2/3 - Training: the loss is nan at step 3, learning rate" in message
+    assert "epoch 1 is saved" in message
+    assert load_checkpoint("run/last.pt")["epoch"] == 1
+
+
+def test_mistake_of_ours_is_a_traceback(s8, fail):
+    fail(train, "train_step", 1, lambda: throw(ZeroDivisionError("ours")))
+    with pytest.raises(ZeroDivisionError):
+        s8("--epochs", "1", "--run-dir", "run")
