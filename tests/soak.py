@@ -32,14 +32,14 @@ def main(kills):
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         killed, straight = Path(folder, "killed"), Path(folder, "straight")
-        epochs = str(kills // 4 + 1)
+        epochs = str(kills)
         argv = (*NEW, epochs, "--run-dir", "killed")
         count = 0
         while True:
             process = start(folder, *argv, "--num-workers", str(rng.randint(0, 3)))
             try:
                 # From the first import to well after an epoch's end; kills before the first step count too.
-                process.wait(timeout=rng.uniform(1, 16) if count < kills else None)
+                process.wait(timeout=rng.uniform(1, 12) if count < kills else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
