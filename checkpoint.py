@@ -1,5 +1,6 @@
 """What a run leaves on the disk, whole at every moment: its folder, its checkpoints, its metrics file."""
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -30,19 +31,23 @@ def new_run_dir() -> str:
     return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
 
 
+def refuse_second_use(run_dir: str) -> None:
+    """Raise RunError if the folder holds a run already."""
+    if any(Path(run_dir, name).exists() for name in (CONFIG, LAST)):
+        raise RunError(f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another folder")
+
+
 def open_run_dir(run_dir: str, resume: bool) -> IO:
     """Create a new run's folder, or take one to resume; return its lock, which is held until it is closed.
 
     Raises RunError if the folder cannot be written, is in use, or holds a run when a new one is wanted.
     """
     folder = Path(run_dir)
-    if not resume and (folder / CONFIG).exists():
-        raise RunError(f"run_dir {folder} holds a run already: --resume {folder} continues it, --run-dir names another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
-        raise RunError(f"run_dir {folder} cannot be written ({error.strerror}): name another, --run-dir") from None
+        raise RunError(f"run_dir {folder} cannot be written ({error.strerror})") from None
     try:
         if os.name == "nt":
             import msvcrt
@@ -53,8 +58,12 @@ def open_run_dir(run_dir: str, resume: bool) -> IO:
 
             # A record lock: unlike flock, it is not kept by the workers that outlive a killed run by seconds.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise RunError(f"run_dir {folder} is in use by another run: wait for its end, or name another folder") from None
     except OSError:
-        raise RunError(f"run_dir {folder} is in use by another run: wait for its end, or name another") from None
+        pass  # a filesystem without locks: the run matters more than the guard
+    if not resume:
+        refuse_second_use(run_dir)
     return lock
 
 
@@ -70,14 +79,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # the new name is on the disk only when its folder is
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except OSError as error:
         raise WriteError(f"{path} cannot be written ({error.strerror})") from None
     finally:
         temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Windows and some filesystems cannot do this with a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk only when its folder is
+        finally:
+            os.close(folder)
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -86,15 +97,16 @@ def write_config(folder: Path, config: dict) -> None:
 
 
 def write_epoch(folder: Path, checkpoint: dict) -> None:
-    """Write the files of a finished epoch: best.pt if it is the best so far, last.pt, metrics.csv.
+    """Write the files of a finished epoch. It counts as saved when it is in last.pt, from which the others follow."""
+    save_checkpoint(folder / LAST, checkpoint)
+    follow_last(folder, checkpoint)
 
-    In this order: an epoch counts as saved when it is in last.pt, and whatever a kill in between leaves
-    behind is written again, alike, when the run is resumed.
-    """
+
+def follow_last(folder: Path, checkpoint: dict) -> None:
+    """Bring best.pt and metrics.csv up to last.pt, after an epoch or after a kill that came in between."""
     rows = checkpoint["metrics"]
     if best_row(rows) is rows[-1]:
         save_checkpoint(folder / BEST, checkpoint)
-    save_checkpoint(folder / LAST, checkpoint)
     write_metrics(folder, rows)
 
 
@@ -112,31 +124,33 @@ def best_row(rows: list[dict]) -> dict:
     return max(rows, key=lambda row: row["valid_accuracy"])
 
 
-def read_run(run_dir: str) -> tuple[dict, dict | None]:
-    """Return a run's settings and its last checkpoint, None if no epoch was finished yet.
-
-    Raises RunError if the folder holds no run, or files that cannot be used.
-    """
+def read_settings(run_dir: str) -> dict:
+    """Return a run's settings. Raises RunError if the folder holds no run, or none that can be read."""
     folder = Path(run_dir)
-    if (folder / LAST).exists():
-        checkpoint = load_checkpoint(folder / LAST)
-        return checkpoint["config"], checkpoint
     try:
-        return json.loads((folder / CONFIG).read_text()), None
+        return json.loads((folder / CONFIG).read_text())
     except FileNotFoundError:
-        raise RunError(f"{folder} holds no run: there is no {LAST} and no {CONFIG}") from None
+        raise RunError(f"{folder} holds no run: there is no {CONFIG}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{folder / CONFIG} cannot be read ({error})") from None
 
 
-def describe_progress(run_dir: str) -> str:
-    """Return what is saved of a run that ended early, and the command that continues it."""
-    folder = Path(run_dir)
-    if not (folder / CONFIG).exists():
+def read_last(run_dir: str) -> dict | None:
+    """Return a run's last checkpoint, None if no epoch is finished yet. Raises RunError if it is damaged."""
+    last = Path(run_dir, LAST)
+    return load_checkpoint(last) if last.exists() else None
+
+
+def describe_progress(run_dir: str, resumable: bool) -> str:
+    """Return what is saved of a run that ended early, and the command that continues it if that makes sense."""
+    if not Path(run_dir, CONFIG).exists():
         return "nothing was written"
-    _, checkpoint = read_run(run_dir)
-    saved = f"epoch {checkpoint['epoch']} is saved" if checkpoint else "no epoch is finished yet"
-    return f"{saved}; to continue: python train.py --resume {shlex.quote(run_dir)}"
+    try:
+        last = read_last(run_dir)
+    except RunError as error:
+        return str(error)
+    saved = f"epoch {last['epoch']} is saved" if last else "no epoch is finished yet"
+    return f"{saved}; to continue: python train.py --resume {shlex.quote(run_dir)}" if resumable else saved
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

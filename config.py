@@ -148,10 +148,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         check(arguments.config)
     except ConfigError as error:
         parser.error(str(error))
-    given = {flag: name for flag, name in flags.items() if flag in {word.split("=")[0] for word in argv}}
+    words = {word.split("=")[0] for word in argv}
+    given = {flag: name for flag, name in flags.items() if words & {flag, flag.replace("--", "--no", 1)}}
     for mode, allowed in _GIVEN_WITH.items():
         for flag, name in given.items():
-            if getattr(arguments, mode) and name not in allowed:
+            if getattr(arguments, mode) is not None and name not in allowed:
                 parser.error(f"{flag} cannot be given with --{mode}, which takes it from what was saved")
     values = {name: getattr(arguments.config, name) for name in given.values()}
     return Arguments(arguments.config, values, arguments.resume, arguments.evaluate)

@@ -4,12 +4,15 @@ A source gives plain arrays: images (N, 32, 32, 3) uint8 and labels (N,) int64. 
 the same for all sources.
 """
 
+import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import tarfile
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,9 +63,13 @@ def load_cifar10(data_dir: Path) -> Source:
     folder = data_dir / CIFAR10.base_folder
     if not folder.is_dir():
         _fetch_cifar10(data_dir)
-    for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]:
-        _check_md5(folder / name, md5, delete=folder)
-    train, test = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
+    try:
+        train, test = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
+    except (RuntimeError, OSError) as error:
+        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
+        for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
+            _check_md5(folder / name, md5, delete=folder)
+        raise DataError(f"CIFAR-10 in {folder} cannot be read ({error})") from None
     return Source(
         # torchvision's images are a transposed view; every later read wants them in one piece
         Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),
@@ -96,13 +103,18 @@ def _fetch_cifar10(data_dir: Path) -> None:
                 f"(md5 {CIFAR10.tgz_md5}) at {archive}, or name the folder that holds it with --data-dir, "
                 f"or train on generated pictures with --dataset shapes"
             ) from None
-        os.replace(Path(folder, CIFAR10.base_folder), data_dir / CIFAR10.base_folder)
+        with contextlib.suppress(OSError):  # another run may have been faster
+            os.replace(Path(folder, CIFAR10.base_folder), data_dir / CIFAR10.base_folder)
 
 
 def _check_md5(path: Path, md5: str, delete: Path) -> None:
     from torchvision.datasets import cifar
 
-    if not cifar.check_integrity(str(path), md5):
+    try:
+        whole = cifar.check_integrity(str(path), md5)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    if not whole:
         fault = "is damaged (its md5 is wrong)" if path.exists() else "is missing"
         raise DataError(f"{path} {fault}: delete {delete} and it is downloaded again")
 
@@ -233,6 +245,7 @@ class _GeneratorRandom(random.Random):
     """Python's interface to random numbers over a numpy generator's stream."""
 
     def __init__(self, generator: np.random.Generator):
+        super().__init__()
         self.generator = generator
 
     def random(self) -> float:
@@ -328,6 +341,8 @@ class _Loader(DataLoader):
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
+        if self.num_workers and multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # or its start, with the first worker's, would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             return super().__iter__()

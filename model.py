@@ -39,13 +39,19 @@ def default_blocks(base_channels: int = 16) -> tuple[BlockSpec, ...]:
     )
 
 
-# How the last convolution of a block differs from the others (stride 1, padding 1, dilation 1).
+# How the last convolution of a block differs from the others.
 LAST_CONV = {
     "plain": {},
     "dilated": {"padding": 2, "dilation": 2},
     "strided": {"stride": 2},
     "unpadded": {"padding": 0},
 }
+
+
+def conv_options(index: int, layers: int, last: str) -> dict[str, int]:
+    """Return the options of the 3x3 convolution of layer `index` (from 0) of a block."""
+    usual = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
+    return {**usual, **LAST_CONV[last]} if index == layers - 1 else usual
 
 
 class Block(nn.Sequential):
@@ -69,23 +75,16 @@ class Block(nn.Sequential):
     ):
         modules = []
         for index in range(layers):
-            is_last = index == layers - 1
-            conv = LAST_CONV[last] if is_last else {}
+            conv = conv_options(index, layers, last)
             channels = in_channels if index == 0 else out_channels
-            modules += self._convolution(channels, out_channels, separable and index == 0, conv)
-            if not (is_last and last == "unpadded"):
+            if separable and index == 0:
+                modules.append(nn.Conv2d(channels, channels, groups=channels, **conv))
+                modules.append(nn.Conv2d(channels, out_channels, kernel_size=1))
+            else:
+                modules.append(nn.Conv2d(channels, out_channels, **conv))
+            if conv["padding"]:  # an unpadded convolution has nothing after it
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-
-    @staticmethod
-    def _convolution(in_channels: int, out_channels: int, separable: bool, conv: dict) -> list[nn.Module]:
-        conv = {"kernel_size": 3, "padding": 1, **conv}
-        if not separable:
-            return [nn.Conv2d(in_channels, out_channels, **conv)]
-        return [
-            nn.Conv2d(in_channels, in_channels, groups=in_channels, **conv),
-            nn.Conv2d(in_channels, out_channels, kernel_size=1),
-        ]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -119,11 +118,14 @@ class Net(nn.Module):
         super().__init__()
         blocks = default_blocks(base_channels) if blocks is None else tuple(blocks)
         sizes = check_blocks(blocks, image_size)
+        self.image_size = image_size
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1])
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] != self.image_size or x.shape[3] != self.image_size:
+            raise ValueError(f"this Net is built for {self.image_size}x{self.image_size} images, see image_size")
         for block in self.blocks:
             x = block(x)
         logits = self.classifier(self.pool(x)).flatten(1)  # (N, num_classes, 1, 1) -> (N, num_classes)
@@ -146,7 +148,8 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
             source = "the image" if number == 1 else f"block {number - 1}"
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
         before, channels = image_size, spec.out_channels
-        image_size = {"strided": (before + 1) // 2, "unpadded": before - 2}.get(spec.last, before)
+        conv = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
+        image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
         sizes.append(image_size)
@@ -164,9 +167,9 @@ def receptive_fields(blocks: Sequence[BlockSpec]) -> list[list[int]]:
     for spec in blocks:
         fields.append([])
         for index in range(spec.layers):
-            conv = LAST_CONV[spec.last] if index == spec.layers - 1 else {}
-            field += 2 * conv.get("dilation", 1) * jump
-            jump *= conv.get("stride", 1)
+            conv = conv_options(index, spec.layers, spec.last)
+            field += (conv["kernel_size"] - 1) * conv["dilation"] * jump
+            jump *= conv["stride"]
             fields[-1].append(field)
     return fields
 

@@ -1,7 +1,12 @@
 """Train the network: ``python train.py``; ``python train.py --help`` lists the settings."""
 
-import math
 import signal
+
+if __name__ == "__main__":  # until run() takes over: Ctrl-C during the slow imports ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -19,14 +24,16 @@ from checkpoint import (
     WriteError,
     best_row,
     describe_progress,
+    follow_last,
     load_checkpoint,
     load_weights,
     new_run_dir,
     open_run_dir,
-    read_run,
+    read_last,
+    read_settings,
+    refuse_second_use,
     write_config,
     write_epoch,
-    write_metrics,
 )
 from config import Config, ConfigError, check, parse_args
 from dataset import (
@@ -163,7 +170,7 @@ class Data(NamedTuple):
     std: tuple[float, ...]
 
 
-def load_data(config: Config) -> Data:
+def load_data(config: Config, num_workers: int) -> Data:
     """Load the config's dataset, split it, and set up its pipelines. Raises DataError."""
     source = load_source(config.dataset, config.data_dir)
     train, valid = source.train, source.test
@@ -185,7 +192,7 @@ def load_data(config: Config) -> Data:
         make_loader(
             AugmentedBatches(train, augmentation, normalization, config.seed),
             EpochBatches(len(train.labels), config.batch_size, config.seed),
-            config.num_workers,
+            num_workers,
             pin_memory=config.device.startswith("cuda"),
         ),
         FixedBatches(valid, normalization, config.batch_size),
@@ -204,18 +211,22 @@ def epoch_rates(config: Config, epoch: int, steps: int, accuracies: list[float])
 
 def main(config: Config, resume: bool = False) -> None:
     """Train as the config says; leave the results in config.run_dir, or continue the run that is there."""
+    check(config)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     num_workers = choose_workers(config.num_workers, device)
-    config = replace(config, device=str(device), precision=precision, num_workers=num_workers)
     make_deterministic(config.deterministic)
-    data = load_data(config)
+    config = replace(config, device=str(device), precision=precision, run_dir=config.run_dir or new_run_dir())
+    if not resume:
+        refuse_second_use(config.run_dir)  # before a download, which can take minutes
+    data = load_data(config, num_workers)
     seed_torch(config.seed, epoch=0)
     net = Net(num_classes=len(data.class_names), dropout=config.dropout)
     with open_run_dir(config.run_dir, resume):
         print_summary(net)
-        print(f"Device: {describe_device(device)}, precision {precision}, {num_workers} workers. Run: {config.run_dir}")
-        checkpoint = read_run(config.run_dir)[1] if resume else None
+        where = f"{describe_device(device)}, precision {precision}, {num_workers} workers"
+        print(f"Device: {where}. Run: {config.run_dir}", flush=True)
+        checkpoint = read_last(config.run_dir) if resume else None
         fit(config, data, net.to(device, memory_format=torch.channels_last), device, checkpoint)
 
 
@@ -229,8 +240,8 @@ def fit(config: Config, data: Data, net: nn.Module, device: torch.device, checkp
         load_weights(net, checkpoint)  # first: it refuses another network's before anything is changed
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        follow_last(run_dir, checkpoint)
         rows = checkpoint["metrics"]
-        write_metrics(run_dir, rows)
         print(f"Continuing after epoch {len(rows)}")
     write_config(run_dir, asdict(config))
 
@@ -275,33 +286,31 @@ def resume(run_dir: str, given: dict) -> None:
 
     Raises UsageError or RunError.
     """
-    settings, checkpoint = read_run(run_dir)
     try:
-        config = replace(Config(**settings), run_dir=run_dir, **given)
+        saved = Config(**read_settings(run_dir))
+        config = replace(saved, run_dir=run_dir, **given)
         check(config)
     except (TypeError, ConfigError) as error:
         raise RunError(f"the settings saved in {run_dir} cannot be used ({error})") from None
-    done = checkpoint["epoch"] if checkpoint else 0
-    if config.epochs != settings["epochs"] and config.schedule in ("onecycle", "cosine"):
-        raise UsageError(
-            f"epochs cannot become {config.epochs}: schedule {config.schedule} was laid out for {settings['epochs']}"
-        )
-    if config.epochs < done:
-        raise UsageError(f"epochs cannot become {config.epochs}: {done} are done already")
+    last = read_last(run_dir)
+    if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
+        raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
+    if last and config.epochs < last["epoch"]:
+        raise RunError(f"epochs cannot become {config.epochs}: {last['epoch']} are done already")
     main(config, resume=True)
 
 
-def evaluate(path: str, given: Config) -> None:
-    """Print a checkpoint's loss and accuracy on the test images of its dataset, with its own normalization."""
+def evaluate(path: str, config: Config, given: dict) -> None:
+    """Print a checkpoint's loss and accuracy on the test images, with its own normalization and precision."""
     checkpoint = load_checkpoint(path)
-    device = choose_device(given.device)
-    dtype = DTYPES[choose_precision(given.precision, device)]
+    device = choose_device(config.device)
+    dtype = DTYPES[choose_precision(given.get("precision", checkpoint["config"]["precision"]), device)]
     net = Net(num_classes=len(checkpoint["class_names"]))
     load_weights(net, checkpoint)
     net.to(device, memory_format=torch.channels_last)
-    source = load_source(checkpoint["config"]["dataset"], given.data_dir)
+    source = load_source(checkpoint["config"]["dataset"], config.data_dir)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    test = validate(net, FixedBatches(source.test, normalization, given.batch_size), device, dtype, "Test")
+    test = validate(net, FixedBatches(source.test, normalization, config.batch_size), device, dtype, "Test")
     print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
 
 
@@ -316,10 +325,14 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return 1, f"stopped: {text}; a new run needs a lower --learning-rate"
     if isinstance(error, WriteError):
         return 1, f"stopped: {text}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+    out_of_memory = re.search("out of memory|not enough memory|can't allocate memory", text)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
         return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
-        return 1, f"stopped: a process that augments images died ({text})"
+    if isinstance(error, BrokenPipeError):
+        return 1, "stopped: nobody reads the output any more"
+    worker_died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
+    if worker_died or isinstance(error, (ConnectionError, EOFError)):  # the latter, while its batch is received
+        return 1, f"stopped: a process that augments images died ({text or 'its batch broke off'})"
     return None
 
 
@@ -327,22 +340,24 @@ def run() -> None:
     """Do what the command line asks; an end before time is one line on stderr and an exit code that is not 0."""
     arguments = parse_args()
     stop_on_signals()
-    run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
+    config = arguments.config
+    run_dir = config.run_dir or new_run_dir() if arguments.resume is None else arguments.resume
     try:
-        if arguments.evaluate:
-            return evaluate(arguments.evaluate, arguments.config)
-        if arguments.resume:
+        if arguments.evaluate is not None:
+            return evaluate(arguments.evaluate, config, arguments.given)
+        if arguments.resume is not None:
             return resume(run_dir, arguments.given)
-        return main(replace(arguments.config, run_dir=run_dir))
+        return main(replace(config, run_dir=run_dir))
     except BaseException as error:
         ignore_signals()
         failure = describe_failure(error)
         if failure is None:
             raise
+        resumable = not isinstance(error, NonFiniteLoss)  # it would come again
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
     code, message = failure
-    if code != 2 and not arguments.evaluate:
-        message += f"; {describe_progress(run_dir)}"
+    if code != 2 and arguments.evaluate is None:
+        message += f"; {describe_progress(run_dir, resumable)}"
     print(f"train.py: {message}", file=sys.stderr)
     sys.exit(code)
 

@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here ({reason}): try --device cpu or leave it out") from None
+        raise UsageError(f"device {name!r} cannot be used here ({reason}): name another with --device") from None
     return device
 
 
@@ -43,7 +43,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     for float16 off CUDA: only there does the loss get scaled, without which gradients underflow.
     """
     if name == "float16" and device.type != "cuda":
-        raise UsageError(f"precision float16 needs a CUDA device, not {device}: try --precision bfloat16 or float32")
+        raise UsageError(f"precision float16 needs a CUDA device, not {device}: name another with --precision")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -67,7 +67,8 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
     """Return how many processes augment; -1 is one on the CPU, which computes meanwhile, else up to eight."""
     if num_workers >= 0:
         return num_workers
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if device.type == "cpu" else max(1, min(8, cores - 1))
 
 
 def make_deterministic(deterministic: bool) -> None:
@@ -121,8 +122,8 @@ class Meter:
         }
 
 
-def with_progress(batches: Iterable, meter: Meter, interval: float = 0.25) -> Iterator:
-    """Yield the batches under a tqdm bar that shows the meter's result, fetched every `interval` seconds at most.
+def with_progress(batches: Iterable, meter: Meter) -> Iterator:
+    """Yield the batches under a tqdm bar that shows the meter's result, fetched four times a second at most.
 
     Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss
     that is not finite is found early.
@@ -133,7 +134,7 @@ def with_progress(batches: Iterable, meter: Meter, interval: float = 0.25) -> It
         for batch in batches:
             yield batch
             bar.update()
-            if time.monotonic() - looked > interval:
+            if time.monotonic() - looked > 0.25:
                 _show(bar, meter)
                 looked = time.monotonic()
         _show(bar, meter)

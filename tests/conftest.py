@@ -42,7 +42,7 @@ def s8(monkeypatch, tmp_path):
     """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
     monkeypatch.setattr(dataset, "load_shapes", few_shapes)
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
     def run(*argv):
         new = not {"--evaluate", "--resume"} & {*argv}

@@ -50,7 +50,8 @@ def main(kills):
                     sys.exit(process.stderr.read())
                 break
             argv = ("--resume", "killed") if (killed / "config.json").exists() else argv
-        start(folder, *NEW, epochs, "--run-dir", "straight").wait()
+        if start(folder, *NEW, epochs, "--run-dir", "straight").wait():
+            sys.exit("the undisturbed run failed")
         assert equal(outcome(killed), outcome(straight)), "the runs differ"
     print(
         f"{count} kills in {time.monotonic() - begin:.0f} s: the same weights, optimizer state and metrics, bit for bit"

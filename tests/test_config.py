@@ -50,6 +50,9 @@ def test_flags_set_fields_of_their_type():
         (["--learning-rate", "nan"], "learning_rate must be between 1e-09 and 1000, not nan"),
         (["--momentum", "inf"], "momentum must be between 0 and 0.9999, not inf"),
         (["--momentum", "0"], "--nesterov false"),
+        (["--resume", "", "--seed", "1"], "--seed cannot be given with --resume"),
+        (["--resume", "x", "--nonesterov"], "--nesterov cannot be given with --resume"),
+        (["--evaluate", "x", "--epochs", "1"], "--epochs cannot be given with --evaluate"),
     ],
 )
 def test_wrong_command_line_is_one_line_with_a_way_out(argv, words, capsys):

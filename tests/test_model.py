@@ -138,6 +138,11 @@ def test_table_that_cannot_work(blocks, message):
         Net(blocks)
 
 
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="32x32"):
+        Net()(torch.randn(1, 3, 64, 64))
+
+
 def test_compile_and_export_give_the_same_output():
     net, x = Net().eval(), torch.randn(4, 3, 32, 32)
     expected = net(x)

@@ -30,27 +30,48 @@ def start(*argv, folder):
     )
 
 
+@pytest.fixture
+def fail(monkeypatch):
+    """Make the Nth call of a function from now on do something else."""
+
+    def arrange(owner, name, count, failure):
+        original, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return failure() if len(calls) == count else original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return arrange
+
+
+def throw(error):
+    raise error
+
+
 NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
 
 
 def test_killed_again_and_again_it_is_the_same_run(tmp_path):
     straight = start(*NEW, "--run-dir", "straight", "--num-workers", "0", folder=tmp_path)
-    # An epoch is 5 steps and 2 validation batches; its end is 3 or 4 files, each with an fsync of file and folder.
+    # An epoch is 5 steps and 2 validation batches; then come last.pt, perhaps best.pt, and metrics.csv,
+    # each with an fsync of the file, a rename, and an fsync of the folder.
     kills = [
         (("3", "update"), "1"),  # in the first epoch: nothing is saved yet
         (("7", "update"), "0"),  # in validation
         (("3", "fsync"), "2"),  # while the first checkpoint is written
-        (("4", "replace"), "0"),  # between the checkpoints and metrics.csv
+        (("3", "replace"), "0"),  # between last.pt and best.pt, the first epoch's or a later one's, or metrics.csv
         (("8", "update"), "3"),
     ]
     argv = (*NEW, "--run-dir", "killed")
     for kill, workers in kills:
         process = start("--kill-at", *kill, *argv, "--num-workers", workers, folder=tmp_path)
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=120)
         assert (process.returncode, err) == (-signal.SIGKILL, "")
         argv = ("--resume", "killed")
     process = start(*argv, folder=tmp_path)
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     assert straight.wait() == 0
     assert equal(outcome(tmp_path / "straight"), outcome(tmp_path / "killed"))
@@ -68,21 +89,31 @@ def group_is_gone(group):
     return False
 
 
-@pytest.mark.parametrize(("number", "method"), [(signal.SIGINT, "fork"), (signal.SIGTERM, "spawn")])
-def test_signal_to_the_process_group_ends_it_with_one_line(tmp_path, number, method):
+@pytest.mark.parametrize(
+    ("number", "method", "line_start"),
+    [
+        (signal.SIGINT, "fork", "Epoch 2/"),
+        (signal.SIGTERM, "fork", "Epoch 2/"),
+        (signal.SIGTERM, "spawn", "Epoch 2/"),
+        (signal.SIGINT, "spawn", "Device"),  # while the workers start
+    ],
+)
+def test_signal_to_the_process_group_ends_it_with_one_line(tmp_path, number, method, line_start):
     argv = ("--epochs", "1000", "--run-dir", "a run", "--num-workers", "2")
     process = start("--start-method", method, *NEW, *argv, folder=tmp_path)
     for line in process.stdout:
-        if line.startswith("Epoch 2/"):
+        if line.startswith(line_start):
             break
+    while not (tmp_path / "a run" / "config.json").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
     os.killpg(process.pid, number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number, err
-    epoch = load_checkpoint(tmp_path / "a run" / "last.pt")["epoch"]
-    assert err == (
-        f"train.py: stopped by {signal.Signals(number).name}; epoch {epoch} is saved; "
-        f"to continue: python train.py --resume 'a run'\n"
-    )
+    last = tmp_path / "a run" / "last.pt"
+    saved = f"epoch {load_checkpoint(last)['epoch']} is saved" if last.exists() else "no epoch is finished yet"
+    name = signal.Signals(number).name
+    assert err == f"train.py: stopped by {name}; {saved}; to continue: python train.py --resume 'a run'\n"
     assert group_is_gone(process.pid)
 
 
@@ -94,6 +125,14 @@ def test_longer_run_is_the_same_as_one_that_was_longer_from_the_start(s8):
     straight, longer = (load_checkpoint(f"{name}/last.pt") for name in ("straight", "longer"))
     assert all(equal(straight[part], longer[part]) for part in ("model", "optimizer", "metrics"))
     assert json.loads(Path("longer/config.json").read_text())["epochs"] == 2
+
+
+def test_longer_run_that_is_stopped_stays_longer(s8, fail):
+    assert s8("--schedule", "constant", "--epochs", "1", "--run-dir", "run") == 0
+    fail(train, "train_step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert s8("--resume", "run", "--epochs", "2") == 143
+    assert s8("--resume", "run") == 0
+    assert load_checkpoint("run/last.pt")["epoch"] == 2
 
 
 def test_finished_run_stays_as_it_is(s8, capsys):
@@ -112,7 +151,7 @@ def test_finished_run_stays_as_it_is(s8, capsys):
     [
         (["--seed", "1"], "--seed cannot be given with --resume"),
         (["--run-dir", "x"], "--run-dir cannot be given with --resume"),
-        (["--epochs", "2"], "schedule onecycle was laid out for 1"),
+        (["--epochs", "2"], "the onecycle schedule was laid out for 1"),
         (["--evaluate", "run/last.pt"], "not allowed with"),
     ],
 )
@@ -141,9 +180,10 @@ def other_architecture():
     [
         (lambda: Path("run/last.pt").write_bytes(b"PK"), "run/last.pt is damaged"),
         (other_architecture, "another architecture"),
-        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").unlink()), "run holds no run"),
-        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").write_text("{")), "config.json cannot be read"),
-        (lambda: (Path("run/last.pt").unlink(), Path("run/config.json").write_text('{"x": 1}')), "cannot be used"),
+        (lambda: Path("run/config.json").unlink(), "run holds no run"),
+        (lambda: Path("run/config.json").write_text("{"), "config.json cannot be read"),
+        (lambda: Path("run/config.json").write_text('{"x": 1}'), "cannot be used"),
+        (lambda: Path("run/config.json").write_text('{"epochs": -1}'), "epochs must be between"),
     ],
 )
 def test_run_that_cannot_be_resumed(s8, refusal, damage, words):
@@ -171,35 +211,15 @@ def test_second_run_in_the_same_folder_is_refused(s8, refusal):
 # --- failures that people meet ---
 
 
-@pytest.fixture
-def fail(monkeypatch):
-    """Make the Nth call of a function from now on do something else."""
-
-    def arrange(owner, name, count, failure):
-        original, calls = getattr(owner, name), []
-
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return failure() if len(calls) == count else original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counted)
-
-    return arrange
-
-
-def throw(error):
-    raise error
-
-
 FIRST = "epoch 1 is saved; to continue: python train.py --resume run"
 
 
 def test_full_disk(s8, fail, refusal):
-    # config.json, three files of the first epoch, each with its folder; then the first file of the second epoch
+    # config.json and the three files of the first epoch, each with its folder; then last.pt of the second
     fail(os, "fsync", 9, lambda: throw(OSError(errno.ENOSPC, "No space left on device")))
     assert s8("--epochs", "3", "--run-dir", "run") == 1
     message = refusal()
-    assert "run/best.pt cannot be written (No space left on device)" in message or "run/last.pt cannot" in message
+    assert "run/last.pt cannot be written (No space left on device)" in message
     assert FIRST in message
     assert load_checkpoint("run/last.pt")["epoch"] == 1
     assert not [path for path in Path("run").iterdir() if path.suffix == ".tmp"]
@@ -219,8 +239,8 @@ def test_out_of_memory(s8, fail, refusal, error):
 
 def test_worker_killed(tmp_path):
     argv = (*NEW, "--run-dir", "run", "--num-workers", "2")
-    _, err = start("--kill-at", "9", "worker", *argv, folder=tmp_path).communicate()
-    assert err.startswith("train.py: stopped: a process that augments images died (DataLoader worker (pid ")
+    _, err = start("--kill-at", "9", "worker", *argv, folder=tmp_path).communicate(timeout=120)
+    assert err.startswith("train.py: stopped: a process that augments images died (")
     assert err.endswith("; epoch 1 is saved; to continue: python train.py --resume run\n")
     assert err.count("\n") == 1
 
@@ -238,7 +258,7 @@ def test_loss_that_is_not_finite_keeps_what_was_saved(s8, fail, refusal):
     assert s8("--epochs", "3", "--run-dir", "run") == 1
     message = refusal()
     assert "Epoch 2/3 - Training: the loss is nan at step 3, learning rate" in message
-    assert "epoch 1 is saved" in message
+    assert message.endswith("epoch 1 is saved\n")  # continuing would come to the same loss
     assert load_checkpoint("run/last.pt")["epoch"] == 1
 
 
