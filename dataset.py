@@ -5,6 +5,7 @@ the same for all sources.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -194,6 +195,44 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple((mean[:, 0] / 255).tolist()), tuple((std[:, 0] / 255).tolist())
 
 
+class ShiftScaleRotate(A.Affine):
+    """A.Affine without shear: the same pictures from the same random numbers, in a quarter of the time.
+
+    Its own matrix is a product of six (and another six for bounding boxes); here is the product, worked out.
+    """
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        """Draw shift, scale and angle in A.Affine's order; return the (2, 3) matrix from input to output pixels."""
+        height, width = params["shape"][:2]
+        shift = self._get_translate_params((height, width))
+        self._get_shear_params()  # always 0, but drawn
+        scale = self._get_scale(self.scale, self.keep_ratio, self.balanced_scale, self.py_random)["x"]
+        angle = math.radians(self.py_random.uniform(*self.rotate))
+        a, b = scale * math.cos(angle), scale * math.sin(angle)
+        x, y = (width - 1) / 2, (height - 1) / 2  # the centre, which stays where it is but for the shift
+        return {"matrix": np.array([[a, b, x - a * x - b * y + shift["x"]], [-b, a, y + b * x - a * y + shift["y"]]])}
+
+    def apply(self, img: np.ndarray, matrix: np.ndarray, **params) -> np.ndarray:
+        """Warp an image (H, W, C)."""
+        return cv2.warpAffine(img, matrix, img.shape[1::-1], flags=self.interpolation, borderMode=self.border_mode)
+
+
+class SquareHole(A.CoarseDropout):
+    """A.CoarseDropout with one hole of one size, in a fifth of the time."""
+
+    def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
+        """Draw the hole's upper left corner, each with the same chance."""
+        size = self.hole_height_range[0]
+        x, y = (int((side - size + 1) * self.py_random.random()) for side in params["shape"][1::-1])
+        return {"hole": (slice(y, y + size), slice(x, x + size))}
+
+    def apply(self, img: np.ndarray, hole: tuple[slice, slice], **params) -> np.ndarray:
+        """Fill the hole in a copy of the image (H, W, C)."""
+        img = img.copy()
+        img[hole] = self.fill
+        return img
+
+
 def make_augmentation(
     mean: tuple[float, ...],
     *,
@@ -213,7 +252,7 @@ def make_augmentation(
     return A.Compose(
         [
             A.HorizontalFlip(p=flip_probability),
-            A.Affine(  # what albumentations has for shift-scale-rotate
+            ShiftScaleRotate(
                 translate_percent=(-shift_limit, shift_limit),
                 scale=(1 - scale_limit, 1 + scale_limit),
                 rotate=(-rotate_limit, rotate_limit),
@@ -221,7 +260,7 @@ def make_augmentation(
                 border_mode=cv2.BORDER_REFLECT_101,
                 p=shift_scale_rotate_probability,
             ),
-            A.CoarseDropout(
+            SquareHole(
                 num_holes_range=(1, 1),
                 hole_height_range=(hole_size, hole_size),
                 hole_width_range=(hole_size, hole_size),

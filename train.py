@@ -309,6 +309,8 @@ def evaluate(path: str, config: Config, given: dict) -> None:
     load_weights(net, checkpoint)
     net.to(device, memory_format=torch.channels_last)
     source = load_source(checkpoint["config"]["dataset"], config.data_dir)
+    if list(source.class_names) != checkpoint["class_names"]:
+        raise RunError(f"checkpoint {path} was trained on other classes than those of the images")
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
     test = validate(net, FixedBatches(source.test, normalization, config.batch_size), device, dtype, "Test")
     print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")

@@ -17,7 +17,9 @@ from dataset import (
     DataError,
     EpochBatches,
     FixedBatches,
+    ShiftScaleRotate,
     Split,
+    SquareHole,
     channel_statistics,
     draw_shapes,
     hold_out,
@@ -279,6 +281,29 @@ def test_hole_has_the_mean_colour_and_its_size(size):
     filled = (images.abs() < 0.02).all(dim=1)  # the mean colour is 0 when normalized
     assert filled.sum(dim=(1, 2)).tolist() == [size * size] * 20
     assert len(filled.unique(dim=0)) > 10  # in many places
+
+
+def test_faster_shift_scale_rotate_gives_the_librarys_pictures():
+    limits = {"translate_percent": (-0.3, 0.3), "scale": (0.6, 1.4), "rotate": (-90, 90), "keep_ratio": True, "p": 1.0}
+    ours, theirs = (
+        A.Compose([kind(**limits, border_mode=cv2.BORDER_REFLECT_101)], strict=True, seed=0)
+        for kind in (ShiftScaleRotate, A.Affine)
+    )
+    for image in load_shapes().test.images:
+        assert np.abs(ours(image=image)["image"].astype(int) - theirs(image=image)["image"]).max() <= 1
+
+
+def test_faster_hole_is_as_likely_everywhere_as_the_librarys():
+    def holes(kind):
+        options = {"hole_height_range": (30, 30), "hole_width_range": (30, 30), "num_holes_range": (1, 1)}
+        pipeline = A.Compose([kind(**options, fill=(9, 8, 7), p=1.0)], strict=True, seed=0)
+        pictures = [pipeline(image=np.zeros((32, 32, 3), dtype=np.uint8))["image"] for _ in range(1800)]
+        return np.unique(pictures, axis=0, return_counts=True)
+
+    (ours, counts), (theirs, _) = holes(SquareHole), holes(A.CoarseDropout)
+    assert np.array_equal(ours, theirs)
+    assert len(counts) == 9
+    assert 150 < counts.min() <= counts.max() < 250
 
 
 def test_limits_reach_the_library():

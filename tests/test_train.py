@@ -367,6 +367,12 @@ def test_other_architecture_is_refused_and_changes_nothing(s8, checkpoint, net, 
     assert "another architecture" in refusal()
 
 
+def test_other_classes_are_refused(s8, checkpoint, refusal):
+    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "class_names": ["cat"] * 10})
+    assert s8("--evaluate", str(checkpoint)) == 2
+    assert "other classes" in refusal()
+
+
 @pytest.mark.parametrize("sealed", [False, True], ids=["plain", "with a correct SHA-256"])
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
 def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, refusal):
