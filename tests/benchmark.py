@@ -1,0 +1,283 @@
+"""How fast the parts are, against the plain loop that the specification describes; prints one table.
+
+python -m tests.benchmark [--dataset cifar10 | shapes] [--data-dir DIR] [--device DEVICE] [--precision PRECISION]
+                          [--rounds 7] [--images 1280]
+
+The plain loop: per image PIL -> numpy -> the five transforms -> float32 tensor; a default DataLoader with
+2 workers; float32; contiguous tensors; `.item()` at every step. Everything is measured in one run, in turn,
+so that what else the machine does strikes all alike; a figure is the median over the rounds, with their spread.
+Augmentation has the specification's probabilities (0.3) on both sides.
+"""
+
+import argparse
+import itertools
+import operator
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import albumentations as A
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from dataset import (
+    AugmentedBatches,
+    EpochBatches,
+    FixedBatches,
+    Split,
+    channel_statistics,
+    load_source,
+    make_augmentation,
+    make_loader,
+    make_normalization,
+)
+from model import Net
+from train import make_optimizer, train_one_epoch, train_step, validate
+from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
+
+ROOT = Path(__file__).parent.parent
+BATCH_SIZE = 128
+ROW = "| {:28} | {:25} | {:31} | {:7} |"
+
+
+class PlainImages(Dataset):
+    """Images as most tutorials read them: one by one, through PIL, each through its whole pipeline."""
+
+    def __init__(self, split, mean, std, training):
+        self.images, self.labels = split
+        spec = {"p": 0.3} if training else {"p": 0.0}
+        self.transform = A.Compose(
+            [
+                A.HorizontalFlip(**spec),
+                A.Affine(scale=(0.9, 1.1), translate_percent=(-0.0625, 0.0625), rotate=(-15, 15), **spec),
+                A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=tuple(255 * channel for channel in mean), **spec),
+                A.Normalize(mean, std),
+                A.ToTensorV2(),
+            ][0 if training else 3 :]
+        )
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = np.array(Image.fromarray(self.images[index]))
+        return self.transform(image=image)["image"], int(self.labels[index])
+
+
+def plain_train(net, loader, optimizer, device):
+    net.train()
+    loss_sum = correct = 0.0
+    for images, labels in loader:
+        images, labels = images.to(device), labels.to(device)
+        optimizer.zero_grad()
+        log_probs = net(images)
+        loss = F.nll_loss(log_probs, labels)
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.item()
+        correct += log_probs.argmax(dim=1).eq(labels).sum().item()
+
+
+def plain_validate(net, loader, device):
+    net.eval()
+    loss_sum = correct = 0.0
+    with torch.no_grad():
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            log_probs = net(images)
+            loss_sum += F.nll_loss(log_probs, labels, reduction="sum").item()
+            correct += log_probs.argmax(dim=1).eq(labels).sum().item()
+
+
+def seconds(function, device):
+    """Seconds that a call takes, work queued on the device included."""
+    begin = time.perf_counter()
+    function()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def interleave(functions, rounds, device):
+    """Call each function once to warm up, then all in turn; return the seconds of each call, a list per function."""
+    for function in functions.values():
+        function()
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return times
+
+
+def one_epoch(batches):
+    """Read an epoch of a loader."""
+    for _ in batches:
+        pass
+
+
+def make_functions(split, device, dtype):
+    """What is measured: name -> function that handles every image of the split once."""
+    count = len(split.labels)
+    mean, std = channel_statistics(split.images)
+    normalization = make_normalization(mean, std)
+    augmentation = make_augmentation(
+        mean,
+        flip_probability=0.3,
+        shift_scale_rotate_probability=0.3,
+        shift_limit=0.0625,
+        scale_limit=0.1,
+        rotate_limit=15,
+        coarse_dropout_probability=0.3,
+        hole_size=16,
+    )
+    augmented = AugmentedBatches(split, augmentation, normalization, seed=0)
+    keys = EpochBatches(count, BATCH_SIZE, seed=0)
+    pin = device.type == "cuda"
+    loader = make_loader(augmented, keys, choose_workers(-1, device), pin)
+    pipeline = make_loader(augmented, keys, 0, pin_memory=False)
+    fixed = FixedBatches(split, normalization, BATCH_SIZE)
+    plain_images = PlainImages(split, mean, std, training=True)
+    plain_loader = DataLoader(plain_images, BATCH_SIZE, shuffle=True, num_workers=2)
+    plain_pipeline = DataLoader(plain_images, BATCH_SIZE, shuffle=True)
+    plain_test_loader = DataLoader(PlainImages(split, mean, std, training=False), BATCH_SIZE, num_workers=2)
+
+    plain_net, net = Net().to(device), Net().to(device, memory_format=torch.channels_last)
+    plain_optimizer = torch.optim.SGD(plain_net.parameters(), lr=0.01, momentum=0.9)
+    optimizer = make_optimizer(net, 0.9, True, 5e-4)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    placed = [tuple(part.to(device) for part in batch) for batch in fixed]
+
+    def bare_steps():
+        net.train()
+        for images, labels in placed:
+            train_step(net, images, labels, optimizer, scaler, dtype)
+
+    rates = [0.01] * len(keys)
+    return {
+        "training, plain": lambda: plain_train(plain_net, plain_loader, plain_optimizer, device),
+        "training": lambda: train_one_epoch(net, loader, optimizer, scaler, rates, device, dtype),
+        "bare steps": bare_steps,
+        "validation, plain": lambda: plain_validate(plain_net, plain_test_loader, device),
+        "validation": lambda: validate(net, fixed, device, dtype),
+        "input pipeline, plain": lambda: one_epoch(plain_pipeline),
+        "input pipeline": lambda: one_epoch(pipeline),
+    }
+
+
+# A script that ends at its first step; with the same interpreter and wrapper as this one.
+UNTIL_FIRST_STEP = "import os, train; train.train_step = lambda *args: os._exit(0); train.run()"
+
+
+def run_script(code, *argv, watch=lambda pid: None):
+    """Run Python code in a process of its own, started as this one was; return its seconds."""
+    prefix = sys.orig_argv[: sys.orig_argv.index("-m")]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(code)
+        begin = time.perf_counter()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        argv = [*prefix, script, *argv, *(("--run-dir", Path(folder, "run")) if argv else ())]
+        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None:
+            watch(process.pid)
+            time.sleep(0.02)
+        if process.returncode:
+            sys.exit(f"{' '.join(map(str, argv))} failed")
+        return time.perf_counter() - begin
+
+
+def proportional_memory(pid):
+    """Memory of a process and its children in MiB, a page that several share divided among them (Linux)."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has just ended
+        return 0
+    own = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+    return own + sum(map(proportional_memory, children))
+
+
+def start_and_memory(options, device, precision):
+    """Rows on the start of a run, and on the memory of its first seconds of training."""
+    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--device", device, "--precision", precision)
+    times = {"import torch": [], "from model import Net": [], "first step": []}
+    for _ in range(3):
+        times["import torch"].append(run_script("import torch"))
+        times["from model import Net"].append(run_script("from model import Net"))
+        times["first step"].append(run_script(UNTIL_FIRST_STEP, *argv))
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    floor = medians.pop("import torch")
+    for name, value in medians.items():
+        yield f"start: {name}", f"{value:.1f} s", f"import torch: {floor:.1f} s", f"{value - floor:+.1f} s"
+    if Path("/proc/self/smaps_rollup").exists():
+        peak = 0.0
+
+        def watch(pid):
+            nonlocal peak
+            peak = max(peak, proportional_memory(pid))
+
+        code = "import itertools, os, train; steps = itertools.count(); step = train.train_step\n"
+        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.run()"
+        run_script(code, *argv, watch=watch)
+        yield "memory, with workers", f"{peak / 1024:.2f} GiB", "", ""
+
+
+def rate(count, seconds):
+    """Images per second: the median and its spread."""
+    rates = sorted(count / second for second in seconds)
+    return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
+
+
+def throughput(split, device, dtype, rounds):
+    """Rows on training, validation and the input pipeline: ours, plain, and the median of their ratios."""
+    count = len(split.labels)
+    times = interleave(make_functions(split, device, dtype), rounds, device)
+    for name in ("training", "validation", "input pipeline"):
+        plain = times[f"{name}, plain"]
+        ratio = statistics.median(map(operator.truediv, plain, times[name]))
+        yield f"{name}, images/s", rate(count, times[name]), f"plain: {rate(count, plain)}", f"{ratio:.2f}x"
+    overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
+    yield (
+        "loop overhead (time), images/s",
+        rate(count, times["training"]),
+        f"bare steps: {rate(count, times['bare steps'])}",
+        f"{overhead:.2f}x",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmark")
+    parser.add_argument("--dataset", default="shapes", choices=["cifar10", "shapes"])
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=1152, help="a multiple of 128 (default: 1152)")
+    options = parser.parse_args()
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
+    split = load_source(options.dataset, options.data_dir).train
+    split = Split(*(array[: options.images] for array in split))
+    print(
+        f"{describe_device(device)}, {platform.machine()}, {precision}, torch {torch.__version__}, {options.dataset}\n"
+    )
+    print(ROW.format("", "here", "compared with", "ratio"))
+    print(ROW.format("", "", "", "").replace(" ", "-"))
+    rows = [
+        throughput(split, device, DTYPES[precision], options.rounds),
+        start_and_memory(options, str(device), precision),
+    ]
+    for name, here, plain, ratio in itertools.chain(*rows):
+        print(ROW.format(name, here, plain, ratio), flush=True)
+
+
+if __name__ == "__main__":
+    main()
