@@ -38,6 +38,7 @@ class Config:
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
+    compile: bool = False  # torch.compile: faster steps after half a minute
     deterministic: bool = False  # the same run bit for bit on CUDA too, slower; the CPU's always is
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 

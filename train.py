@@ -58,6 +58,7 @@ from utils import (
     choose_device,
     choose_precision,
     choose_workers,
+    compile_network,
     describe_device,
     ignore_signals,
     make_deterministic,
@@ -222,16 +223,22 @@ def main(config: Config, resume: bool = False) -> None:
     data = load_data(config, num_workers)
     seed_torch(config.seed, epoch=0)
     net = Net(num_classes=len(data.class_names), dropout=config.dropout)
+    compiled = compile_network(net.to(device, memory_format=torch.channels_last), config.compile)
     with open_run_dir(config.run_dir, resume):
         print_summary(net)
         where = f"{describe_device(device)}, precision {precision}, {num_workers} workers"
         print(f"Device: {where}. Run: {config.run_dir}", flush=True)
         checkpoint = read_last(config.run_dir) if resume else None
-        fit(config, data, net.to(device, memory_format=torch.channels_last), device, checkpoint)
+        fit(config, data, net, compiled, device, checkpoint)
 
 
-def fit(config: Config, data: Data, net: nn.Module, device: torch.device, checkpoint: dict | None) -> None:
-    """Train the network, from the checkpoint on if there is one, and write each epoch's results."""
+def fit(
+    config: Config, data: Data, net: nn.Module, compiled: nn.Module, device: torch.device, checkpoint: dict | None
+) -> None:
+    """Train the network, from the checkpoint on if there is one, and write each epoch's results.
+
+    compiled: what is called, `net` itself or its compiled form; the weights are those of `net`.
+    """
     dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
     optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
@@ -250,8 +257,8 @@ def fit(config: Config, data: Data, net: nn.Module, device: torch.device, checkp
         rates = epoch_rates(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch)
         data.train.sampler.set_epoch(epoch)
-        train = train_one_epoch(net, data.train, optimizer, scaler, rates, device, dtype, f"{title} - Training")
-        valid = validate(net, data.valid, device, dtype, f"{title} - Validation")
+        train = train_one_epoch(compiled, data.train, optimizer, scaler, rates, device, dtype, f"{title} - Training")
+        valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
         print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)

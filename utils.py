@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import signal
 import sys
 import time
@@ -64,11 +65,31 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_workers(num_workers: int, device: torch.device) -> int:
-    """Return how many processes augment; -1 is one on the CPU, which computes meanwhile, else up to eight."""
+    """Return how many processes augment; -1 finds out what pays off.
+
+    On the CPU they take from the training what they give: none on two cores, one on more. Beside an
+    accelerator the cores are free: up to eight.
+    """
     if num_workers >= 0:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if device.type == "cpu" else max(1, min(8, cores - 1))
+    return int(cores > 2) if device.type == "cpu" else max(1, min(8, cores - 1))
+
+
+def compile_network(net: torch.nn.Module, compile: bool) -> torch.nn.Module:
+    """Return the network, compiled at its first use if `compile`; weights stay the given network's.
+
+    Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight
+    one. Raises UsageError where there is no C++ compiler, which torch.compile needs on the CPU.
+    """
+    if not compile:
+        return net
+    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
+    if next(net.parameters()).device.type == "cpu" and not shutil.which(compiler):
+        raise UsageError(
+            f"compile needs a C++ compiler, and there is no {compiler}: install it, or leave out --compile"
+        )
+    return torch.compile(net, dynamic=False)
 
 
 def make_deterministic(deterministic: bool) -> None:

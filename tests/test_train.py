@@ -291,10 +291,29 @@ def test_auto_precision_is_bfloat16_only_where_it_is_native(monkeypatch):
     assert utils.choose_precision("float16", torch.device("cuda")) == "float16"
 
 
-def test_auto_workers_are_one_on_the_cpu_and_several_on_an_accelerator(monkeypatch):
+def test_auto_workers(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     cuda = torch.device("cuda")
     assert [utils.choose_workers(-1, CPU), utils.choose_workers(-1, cuda), utils.choose_workers(3, cuda)] == [1, 8, 3]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert [utils.choose_workers(-1, CPU), utils.choose_workers(-1, cuda)] == [0, 1]
+
+
+def test_compile_without_a_compiler_is_refused(s8, refusal, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert s8("--compile", "true", "--run-dir", "run") == 2
+    assert "there is no no-such-compiler" in refusal()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_trains_the_network_that_is_saved(s8, monkeypatch):
+    real = torch.compile  # its code generator takes half a minute: leave that out
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: real(net, dynamic=dynamic, backend="aot_eager"))
+    assert s8("--compile", "true", "--epochs", "1", "--run-dir", "compiled") == 0
+    assert s8("--epochs", "1", "--run-dir", "plain") == 0
+    compiled, plain = (load_checkpoint(f"{name}/last.pt") for name in ("compiled", "plain"))
+    assert compiled["model"].keys() == plain["model"].keys()
+    assert compiled["metrics"][0]["train_loss"] == pytest.approx(plain["metrics"][0]["train_loss"], rel=1e-3)
 
 
 def test_deterministic_asks_torch_for_it(s8):
