@@ -45,7 +45,7 @@ from utils import DTYPES, choose_device, choose_precision, choose_workers, descr
 
 ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 128
-ROW = "| {:28} | {:25} | {:31} | {:7} |"
+ROW = "| {:30} | {:25} | {:31} | {:7} |"
 
 
 class PlainImages(Dataset):
