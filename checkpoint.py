@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import IO
@@ -183,7 +184,9 @@ def load_checkpoint(path: str | Path) -> dict:
     if hashlib.sha256(data).digest() != digest:
         raise RunError(f"checkpoint {path} is damaged, or not one of this program: its SHA-256 does not match")
     try:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the unpickler's, on files of other programs
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception:  # whatever the unpickler meets in a file that this program did not write
         raise RunError(f"checkpoint {path} holds more than tensors and plain values: it is not loaded") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

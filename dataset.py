@@ -8,6 +8,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import tarfile
@@ -48,7 +49,13 @@ class Source(NamedTuple):
 
 def load_source(name: str, data_dir: str | Path) -> Source:
     """Load the dataset `name`, "cifar10" or "shapes"; raise DataError if it cannot be had."""
-    return {"cifar10": load_cifar10, "shapes": load_shapes}[name](Path(data_dir))
+    source = {"cifar10": load_cifar10, "shapes": load_shapes}[name](Path(data_dir))
+    for images, labels in (source.train, source.test):
+        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
+            raise DataError(f"{name} in {data_dir} has images of shape {images.shape}, {images.dtype}: delete it")
+        if labels.min() < 0 or labels.max() >= len(source.class_names):
+            raise DataError(f"{name} in {data_dir} has labels outside 0 to {len(source.class_names) - 1}: delete it")
+    return source
 
 
 # --- CIFAR-10 ---------------------------------------------------------------------------------------
@@ -66,11 +73,11 @@ def load_cifar10(data_dir: Path) -> Source:
         _fetch_cifar10(data_dir)
     try:
         train, test = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
         meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
         for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
             _check_md5(folder / name, md5, delete=folder)
-        raise DataError(f"CIFAR-10 in {folder} cannot be read ({error})") from None
+        raise DataError(f"CIFAR-10 cannot be read ({error}): delete {folder} and it is downloaded again") from None
     return Source(
         # torchvision's images are a transposed view; every later read wants them in one piece
         Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),

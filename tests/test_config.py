@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_every_field_is_a_flag_with_its_comment_as_help(capsys):
     assert exit_info.value.code == 0
     help_text = capsys.readouterr().out
     for field in dataclasses.fields(Config):
-        assert f"--{field.name.replace('_', '-')} " in help_text
+        assert re.search(rf"^  --{field.name.replace('_', '-')}\b", help_text, re.MULTILINE)
     assert "images per step" in help_text
 
 

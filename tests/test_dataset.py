@@ -149,6 +149,23 @@ def test_damaged_file_is_named(cifar10, name, damage):
         load_cifar10(cifar10.parent)
 
 
+@pytest.mark.parametrize("fault", ["labels", "shape", "truncated", "key"])
+def test_content_that_cannot_be_right_is_refused(cifar10, monkeypatch, fault):
+    """Behind a md5 that is right, or is not asked for."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: os.path.isfile(path))
+    batch = {"data": np.zeros((10, 3072), dtype=np.uint8), "labels": list(range(10))}
+    if fault == "labels":
+        batch["labels"][3] = 10
+    if fault == "shape":
+        batch["labels"].append(0)
+    if fault == "key":
+        del batch["data"]
+    content = pickle.dumps(batch)
+    (cifar10 / "test_batch").write_bytes(content[:-100] if fault == "truncated" else content)
+    with pytest.raises(DataError, match="delete"):
+        load_source("cifar10", cifar10.parent)
+
+
 def test_malicious_batch_file_never_runs(cifar10, tmp_path):
     class Malicious:
         def __reduce__(self):
