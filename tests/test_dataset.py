@@ -328,6 +328,7 @@ def test_limits_reach_the_library():
     assert affine.translate_percent == {"x": (-0.125, 0.125), "y": (-0.125, 0.125)}
     assert affine.scale == {"x": (0.9, 1.1), "y": (0.9, 1.1)}
     assert affine.rotate == (-15, 15)
+    assert affine.keep_ratio
     assert affine.border_mode == cv2.BORDER_REFLECT_101
     assert hole.fill == (128, 102, 76)
     assert [transform.p for transform in (flip, affine, hole)] == [0.5, 0.5, 0.5]
