@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import simple_parsing
@@ -13,8 +14,8 @@ import simple_parsing
 class Config:
     """The defaults are edited in config.py."""
 
-    dataset: Literal["cifar10", "shapes"] = "cifar10"  # shapes: drawn here, nothing is downloaded
-    data_dir: str = "data"  # folder of the downloaded images
+    dataset: Literal["cifar10", "cifar100", "folder", "shapes"] = "cifar10"  # shapes are drawn, not downloaded
+    data_dir: str = "data"  # of the downloads; for `folder`, what holds train/CLASS/* and test/CLASS/*
     valid_split: float = 0.0  # part of the training images to validate on; 0: the test images
     num_workers: int = -1  # processes that augment; -1: as many as pay off
     batch_size: int = 128  # images per step
@@ -44,6 +45,8 @@ class Config:
 
 
 config = Config()
+
+WEIGHTS = Path(__file__).parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
 
 
 class ConfigError(ValueError):
@@ -89,19 +92,28 @@ def check(config: Config) -> None:
 
 
 class Arguments(NamedTuple):
-    """What the command line asks for; `given` holds the fields of `config` that stand on it."""
+    """What the command line asks for; `given` holds the fields of `config` that stand on it.
+
+    predict: images; `evaluate` names the checkpoint then. report: whether pictures are drawn.
+    """
 
     config: Config
     given: dict[str, object]
     resume: str | None
     evaluate: str | None
+    predict: list[str] | None
+    report: bool
 
 
-# What may be given beside --resume and --evaluate, which take the rest from the run or the checkpoint.
+# What may be given beside --resume, --evaluate and --predict, which take the rest from the run or the checkpoint.
 _GIVEN_WITH = {
     "resume": {"epochs", "num_workers", "device", "data_dir"},
     "evaluate": {"batch_size", "device", "precision", "data_dir"},
+    "predict": set(),
 }
+
+
+_MODES = ("--resume", "--evaluate", "--predict", "--no-report")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -129,7 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _Parser(
         prog="train.py",
-        usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--SETTING VALUE ...]",
+        usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--predict IMAGE ...] [--SETTING VALUE ...]",
         description="Train the 138,666-parameter network on CIFAR-10.",
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
@@ -138,11 +150,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     mode.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
+    parser.add_argument(
+        "--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees"
+    )
+    parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
     parser.add_arguments(Config, dest="config", default=config)
     arguments, unknown = parser.parse_known_args(argv)
     flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], [*flags, "--resume", "--evaluate", "--help"], n=1)
+        nearest = difflib.get_close_matches(unknown[0], [*flags, *_MODES, "--help"], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
     try:
@@ -155,5 +171,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         for flag, name in given.items():
             if getattr(arguments, mode) is not None and name not in allowed:
                 parser.error(f"{flag} cannot be given with --{mode}, which takes it from what was saved")
+    if arguments.predict:
+        if arguments.resume is not None or arguments.no_report:
+            parser.error("--predict goes with --evaluate PATH only")
+        arguments.evaluate = arguments.evaluate if arguments.evaluate is not None else str(WEIGHTS)
     values = {name: getattr(arguments.config, name) for name in given.values()}
-    return Arguments(arguments.config, values, arguments.resume, arguments.evaluate)
+    report = not arguments.no_report
+    return Arguments(arguments.config, values, arguments.resume, arguments.evaluate, arguments.predict, report)

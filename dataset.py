@@ -1,22 +1,12 @@
-"""Where images come from, how they are augmented, how they are batched.
+"""How images are split, augmented and batched, whichever source they come from."""
 
-A source gives plain arrays: images (N, 32, 32, 3) uint8 and labels (N,) int64. Everything after it is
-the same for all sources.
-"""
-
-import contextlib
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import signal
-import tarfile
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
-from pathlib import Path
-from typing import NamedTuple
 
 # albumentations asks a web server for updates when it is imported, unless this is set first.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -27,157 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-
-class DataError(Exception):
-    """Images that cannot be had or used; the message is one line for the user."""
-
-
-class Split(NamedTuple):
-    """images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
-class Source(NamedTuple):
-    """What a dataset gives, whichever it is."""
-
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-
-
-def load_source(name: str, data_dir: str | Path) -> Source:
-    """Load the dataset `name`, "cifar10" or "shapes"; raise DataError if it cannot be had."""
-    source = {"cifar10": load_cifar10, "shapes": load_shapes}[name](Path(data_dir))
-    for images, labels in (source.train, source.test):
-        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
-            raise DataError(f"{name} in {data_dir} has images of shape {images.shape}, {images.dtype}: delete it")
-        if labels.min() < 0 or labels.max() >= len(source.class_names):
-            raise DataError(f"{name} in {data_dir} has labels outside 0 to {len(source.class_names) - 1}: delete it")
-    return source
-
-
-# --- CIFAR-10 ---------------------------------------------------------------------------------------
-
-
-def load_cifar10(data_dir: Path) -> Source:
-    """Return CIFAR-10 (Krizhevsky 2009) through torchvision, downloaded into data_dir if it is not there.
-
-    No file is unpickled before its md5 has been verified. Raises DataError.
-    """
-    from torchvision.datasets import CIFAR10  # here: it is slow to import, and `shapes` goes without it
-
-    folder = data_dir / CIFAR10.base_folder
-    if not folder.is_dir():
-        _fetch_cifar10(data_dir)
-    try:
-        train, test = CIFAR10(data_dir, train=True), CIFAR10(data_dir, train=False)
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        meta = CIFAR10.meta["filename"], CIFAR10.meta["md5"]
-        for name, md5 in [*CIFAR10.train_list, *CIFAR10.test_list, meta]:
-            _check_md5(folder / name, md5, delete=folder)
-        raise DataError(f"CIFAR-10 cannot be read ({error}): delete {folder} and it is downloaded again") from None
-    return Source(
-        # torchvision's images are a transposed view; every later read wants them in one piece
-        Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),
-        Split(np.ascontiguousarray(test.data), np.array(test.targets, dtype=np.int64)),
-        tuple(train.classes),
-    )
-
-
-def _fetch_cifar10(data_dir: Path) -> None:
-    """Download and unpack in a temporary folder, so that only what is whole gets its name in data_dir."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import extract_archive
-
-    archive = data_dir / CIFAR10.filename
-    if archive.exists():
-        _check_md5(archive, CIFAR10.tgz_md5, delete=archive)
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=".cifar10-", dir=data_dir)
-    except OSError as error:
-        raise DataError(f"data_dir {data_dir} cannot be written ({error.strerror}): name another, --data-dir") from None
-    with temporary as folder:
-        try:
-            if archive.exists():
-                extract_archive(archive, folder)
-            else:
-                CIFAR10(folder, download=True)
-        except (OSError, RuntimeError, tarfile.TarError) as error:
-            raise DataError(
-                f"CIFAR-10 is not in {data_dir} and cannot be downloaded ({error}); either put {CIFAR10.url} "
-                f"(md5 {CIFAR10.tgz_md5}) at {archive}, or name the folder that holds it with --data-dir, "
-                f"or train on generated pictures with --dataset shapes"
-            ) from None
-        with contextlib.suppress(OSError):  # another run may have been faster
-            os.replace(Path(folder, CIFAR10.base_folder), data_dir / CIFAR10.base_folder)
-
-
-def _check_md5(path: Path, md5: str, delete: Path) -> None:
-    from torchvision.datasets import cifar
-
-    try:
-        whole = cifar.check_integrity(str(path), md5)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    if not whole:
-        fault = "is damaged (its md5 is wrong)" if path.exists() else "is missing"
-        raise DataError(f"{path} {fault}: delete {delete} and it is downloaded again")
-
-
-# --- shapes -----------------------------------------------------------------------------------------
-
-
-# Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.
-SHAPES = {
-    "bar": lambda u, v: (abs(u) <= 0.95) & (abs(v) <= 0.28),
-    "bow tie": lambda u, v: (abs(v) <= abs(u)) & (abs(u) <= 0.7),
-    "circle": lambda u, v: u * u + v * v <= 0.65,
-    "crescent": lambda u, v: (u * u + v * v <= 0.9) & ((u - 0.5) ** 2 + v * v >= 0.5),
-    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.25) & (np.maximum(abs(u), abs(v)) <= 0.95),
-    "frame": lambda u, v: (np.maximum(abs(u), abs(v)) <= 0.75) & (np.maximum(abs(u), abs(v)) >= 0.45),
-    "half disc": lambda u, v: (u * u + v * v <= 0.9) & (v >= 0),
-    "ring": lambda u, v: (u * u + v * v <= 0.85) & (u * u + v * v >= 0.3),
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.65,
-    "triangle": lambda u, v: (v >= -0.5) & (v + 1.75 * abs(u) <= 1),
-}
-
-
-def load_shapes(data_dir: Path | None = None) -> Source:
-    """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
-    rng = np.random.Generator(np.random.Philox(key=0))
-    return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
-
-
-def draw_shapes(count: int, rng: np.random.Generator) -> Split:
-    """Draw `count` pictures of SHAPES, the classes in turn; position, size, colours, rotation and noise vary.
-
-    Only `rng.random` and arithmetic that IEEE 754 rounds exactly are used (no sine, no logarithm): the
-    pictures are the same, bit for bit, on every machine.
-    """
-    labels = np.arange(count, dtype=np.int64) % len(SHAPES)
-    t, x, y, size = rng.random((4, count, 1, 1))
-    t = 2 * t - 1
-    cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a point of the half circle: +-90 degrees
-    pixel = np.arange(32) + 0.5
-    dx = pixel[None, None, :] - (12 + 8 * x)  # centre within 4 pixels of the image's
-    dy = pixel[None, :, None] - (12 + 8 * y)
-    radius = 7 + 5 * size
-    u, v = (cosine * dx + sine * dy) / radius, (cosine * dy - sine * dx) / radius
-    inside = np.empty((count, 32, 32), dtype=bool)
-    for label, shape in enumerate(SHAPES.values()):
-        inside[labels == label] = shape(u[labels == label], v[labels == label])
-    background = 0.6 * rng.random((count, 1, 1, 3))
-    figure = background + 0.25 + 0.15 * rng.random((count, 1, 1, 3))
-    pictures = np.where(inside[..., None], figure, background)
-    flipped = rng.random((count, 1, 1, 1)) < 0.5  # as often dark on bright
-    pictures = np.where(flipped, 1 - pictures, pictures) + 0.3 * (rng.random(pictures.shape) - 0.5)
-    return Split((255 * pictures.clip(0, 1)).astype(np.uint8), labels)
-
-
-# --- splitting, augmentation, batches -----------------------------------------------------------------
+from sources import DataError, Split
 
 
 def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -313,6 +153,10 @@ class AugmentedBatches(Dataset):
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, indices = key
+        return self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
+
+    def augment(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
+        """Return the images (N, H, W, 3) uint8 as they are augmented in this epoch."""
         images = self.images.numpy()
         bits = np.random.Philox(key=self.seed)
         generator = np.random.Generator(bits)
@@ -323,7 +167,7 @@ class AugmentedBatches(Dataset):
             state["state"]["counter"][:] = 0, 0, index, epoch
             bits.state = state
             batch.append(self.augmentation(image=images[index])["image"])
-        return self.normalization(images=np.stack(batch))["images"], self.labels[indices]
+        return np.stack(batch)
 
 
 class EpochBatches(Sampler):

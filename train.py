@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from checkpoint import (
     BEST,
+    LAST,
     RunError,
     WriteError,
     best_row,
@@ -38,17 +39,17 @@ from checkpoint import (
 from config import Config, ConfigError, check, parse_args
 from dataset import (
     AugmentedBatches,
-    DataError,
     EpochBatches,
     FixedBatches,
     channel_statistics,
     hold_out,
-    load_source,
     make_augmentation,
     make_loader,
     make_normalization,
 )
 from model import Net, print_summary
+from predict import load_network, predict
+from sources import DataError, load_source
 from utils import (
     DTYPES,
     Meter,
@@ -210,8 +211,11 @@ def epoch_rates(config: Config, epoch: int, steps: int, accuracies: list[float])
     return [learning_rate(config.schedule, config.learning_rate, progress, accuracies) for progress in done]
 
 
-def main(config: Config, resume: bool = False) -> None:
-    """Train as the config says; leave the results in config.run_dir, or continue the run that is there."""
+def main(config: Config, resume: bool = False, report: bool = True) -> None:
+    """Train as the config says; leave the results in config.run_dir, or continue the run that is there.
+
+    report: whether pictures are drawn, each epoch's curves and what is on report.md.
+    """
     check(config)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -229,11 +233,17 @@ def main(config: Config, resume: bool = False) -> None:
         where = f"{describe_device(device)}, precision {precision}, {num_workers} workers"
         print(f"Device: {where}. Run: {config.run_dir}", flush=True)
         checkpoint = read_last(config.run_dir) if resume else None
-        fit(config, data, net, compiled, device, checkpoint)
+        fit(config, data, net, compiled, device, checkpoint, report)
 
 
 def fit(
-    config: Config, data: Data, net: nn.Module, compiled: nn.Module, device: torch.device, checkpoint: dict | None
+    config: Config,
+    data: Data,
+    net: nn.Module,
+    compiled: nn.Module,
+    device: torch.device,
+    checkpoint: dict | None,
+    report: bool,
 ) -> None:
     """Train the network, from the checkpoint on if there is one, and write each epoch's results.
 
@@ -280,47 +290,78 @@ def fit(
             },
         )
 
+        if report:
+            from report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
+
+            save_figure(plot_curves(rows), run_dir / CURVES)
+
     best = best_row(rows)
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
+    final = load_checkpoint(run_dir / (BEST if config.valid_split > 0 else LAST))
+    load_weights(net, final)
     if config.valid_split > 0:
-        load_weights(net, load_checkpoint(run_dir / BEST))
         test = validate(net, data.test, device, dtype, "Test")
         print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+    if report:
+        from report import write_report
+
+        write_report(run_dir, net, final, data.train.dataset, data.test, device, dtype)
 
 
-def resume(run_dir: str, given: dict) -> None:
+def resume(run_dir: str, given: dict, report: bool) -> None:
     """Continue the run in run_dir with its own settings, but for those given now.
 
     Raises UsageError or RunError.
     """
-    try:
-        saved = Config(**read_settings(run_dir))
-        config = replace(saved, run_dir=run_dir, **given)
-        check(config)
-    except (TypeError, ConfigError) as error:
-        raise RunError(f"the settings saved in {run_dir} cannot be used ({error})") from None
+    saved = read_config(read_settings(run_dir), run_dir)
+    config = replace(saved, run_dir=run_dir, **given)
     last = read_last(run_dir)
     if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
         raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
     if last and config.epochs < last["epoch"]:
         raise RunError(f"epochs cannot become {config.epochs}: {last['epoch']} are done already")
-    main(config, resume=True)
+    main(config, resume=True, report=report)
 
 
-def evaluate(path: str, config: Config, given: dict) -> None:
-    """Print a checkpoint's loss and accuracy on the test images, with its own normalization and precision."""
-    checkpoint = load_checkpoint(path)
+def read_config(settings: dict, where: str) -> Config:
+    """Return the Config of saved settings; raise RunError, naming where they were, if this version has others."""
+    try:
+        config = Config(**settings)
+        check(config)
+    except (TypeError, ConfigError) as error:
+        raise RunError(f"the settings saved in {where} cannot be used ({error})") from None
+    return config
+
+
+def evaluate(path: str, device: str, given: dict, report: bool) -> None:
+    """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
+
+    report: whether its pictures and report.md are written beside it.
+    """
+    net, checkpoint = load_network(path)
+    config = replace(read_config(checkpoint["config"], path), **{"device": device, **given})
     device = choose_device(config.device)
-    dtype = DTYPES[choose_precision(given.get("precision", checkpoint["config"]["precision"]), device)]
-    net = Net(num_classes=len(checkpoint["class_names"]))
-    load_weights(net, checkpoint)
-    net.to(device, memory_format=torch.channels_last)
-    source = load_source(checkpoint["config"]["dataset"], config.data_dir)
-    if list(source.class_names) != checkpoint["class_names"]:
+    dtype = DTYPES[choose_precision(config.precision, device)]
+    data = load_data(config, num_workers=0)
+    if list(data.class_names) != checkpoint["class_names"]:
         raise RunError(f"checkpoint {path} was trained on other classes than those of the images")
+    net.to(device)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    test = validate(net, FixedBatches(source.test, normalization, config.batch_size), device, dtype, "Test")
+    batches = FixedBatches(data.test.split, normalization, config.batch_size)
+    test = validate(net, batches, device, dtype, "Test")
     print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+    if report:
+        from report import PAGE, write_report
+
+        write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
+        print(f"The pictures are on {Path(path).parent / PAGE}")
+
+
+def print_predictions(path: str, images: list[str]) -> None:
+    """Print a line for each image: the three likeliest classes, by the checkpoint's network."""
+    for image, prediction in zip(images, predict(path, images), strict=True):
+        likeliest = list(prediction.probabilities.items())[:3]
+        print(f"{image}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
@@ -352,11 +393,13 @@ def run() -> None:
     config = arguments.config
     run_dir = config.run_dir or new_run_dir() if arguments.resume is None else arguments.resume
     try:
+        if arguments.predict:
+            return print_predictions(arguments.evaluate, arguments.predict)
         if arguments.evaluate is not None:
-            return evaluate(arguments.evaluate, config, arguments.given)
+            return evaluate(arguments.evaluate, config.device, arguments.given, arguments.report)
         if arguments.resume is not None:
-            return resume(run_dir, arguments.given)
-        return main(replace(config, run_dir=run_dir))
+            return resume(run_dir, arguments.given, arguments.report)
+        return main(replace(config, run_dir=run_dir), report=arguments.report)
     except BaseException as error:
         ignore_signals()
         failure = describe_failure(error)

@@ -32,14 +32,13 @@ from dataset import (
     AugmentedBatches,
     EpochBatches,
     FixedBatches,
-    Split,
     channel_statistics,
-    load_source,
     make_augmentation,
     make_loader,
     make_normalization,
 )
 from model import Net
+from sources import Split, load_source
 from train import make_optimizer, train_one_epoch, train_step, validate
 from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
 

@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-import dataset
+import sources
 import train
 from checkpoint import load_checkpoint
-from dataset import Source, draw_shapes
+from sources import Source, draw_shapes
 
 
 def few_shapes(data_dir=None):
     """Stands in for load_shapes: 150 pictures to train on, 50 to test on."""
     rng = np.random.default_rng(0)
-    return Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(dataset.SHAPES))
+    return Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(sources.SHAPES))
 
 
 def equal(a, b):
@@ -40,7 +40,7 @@ def outcome(run_dir):
 @pytest.fixture
 def s8(monkeypatch, tmp_path):
     """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
-    monkeypatch.setattr(dataset, "load_shapes", few_shapes)
+    monkeypatch.setattr(sources, "load_shapes", few_shapes)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 

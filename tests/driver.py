@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-import dataset
+import sources
 import train
 import utils
 from tests.conftest import few_shapes
@@ -37,7 +37,7 @@ CALLS = {
 
 
 if __name__ == "__main__":
-    dataset.load_shapes = few_shapes
+    sources.load_shapes = few_shapes
     if sys.argv[1] == "--kill-at":
         kill_at(int(sys.argv[2]), *CALLS[sys.argv[3]])
         del sys.argv[1:4]

@@ -14,22 +14,17 @@ import torch
 
 from dataset import (
     AugmentedBatches,
-    DataError,
     EpochBatches,
     FixedBatches,
     ShiftScaleRotate,
-    Split,
     SquareHole,
     channel_statistics,
-    draw_shapes,
     hold_out,
-    load_cifar10,
-    load_shapes,
-    load_source,
     make_augmentation,
     make_loader,
     make_normalization,
 )
+from sources import DataError, Split, draw_shapes, load_cifar10, load_shapes, load_source
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 USUAL = {

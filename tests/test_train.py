@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import dataset
+import sources
 import train
 import utils
 from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint
-from dataset import FixedBatches, draw_shapes, make_normalization
+from dataset import FixedBatches, make_normalization
 from model import BlockSpec, Net
+from sources import draw_shapes
 from utils import Meter, NonFiniteLoss, with_progress
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ def test_run_prints_the_specifications_log_and_leaves_its_files(s8, capsys):
     last = load_checkpoint("run/last.pt")
     assert last["epoch"] == 2
     assert last["config"] == recorded
-    assert last["class_names"] == list(dataset.SHAPES)
+    assert last["class_names"] == list(sources.SHAPES)
     assert [str(row["valid_loss"]) for row in last["metrics"]] == [row["valid_loss"] for row in rows]
     best = max(last["metrics"], key=lambda row: row["valid_accuracy"])
     assert load_checkpoint("run/best.pt")["epoch"] == best["epoch"]
@@ -336,7 +337,7 @@ def checkpoint(tmp_path):
     path = tmp_path / "some.pt"
     content = {
         "model": Net().state_dict(),
-        "class_names": list(dataset.SHAPES),
+        "class_names": list(sources.SHAPES),
         "config": {"dataset": "shapes", "precision": "float32"},
     }
     save_checkpoint(path, {**content, "mean": (0.5,) * 3, "std": (0.25,) * 3})

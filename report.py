@@ -1,0 +1,207 @@
+"""A run in pictures: its curves, confusions, mistakes and augmented images, and a page that shows them.
+
+Each function returns a matplotlib Figure, which has nothing to do with a screen; `write_report` writes them all.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn import functional as F
+
+from checkpoint import write_atomically
+from dataset import AugmentedBatches, FixedBatches
+from predict import compute_log_probs
+
+CURVES, CONFUSION, MISTAKES, AUGMENTATIONS = (
+    "curves.png",
+    "confusion_matrix.png",
+    "misclassified.png",
+    "augmentations.png",
+)
+PAGE = "report.md"
+
+
+def plot_curves(rows: Sequence[dict]) -> Figure:
+    """Return loss, accuracy and learning rate over the epochs, from the rows of metrics.csv."""
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (name, unit) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
+        parts = ("train_", "valid_") if name != "learning_rate" else ("",)
+        for part in parts:
+            label = {"train_": "training", "valid_": "validation"}.get(part)
+            axes.plot(epochs, [row[part + name] for row in rows], label=label, marker="o", markersize=3)
+        axes.set(title=name.replace("_", " ").capitalize(), xlabel="Epoch", ylabel=unit)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if len(parts) == 2:
+            axes.legend()
+    return figure
+
+
+PANELS = {"loss": "Negative log-likelihood", "accuracy": "Correct (%)", "learning_rate": "At the end of the epoch"}
+
+
+def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Return how many images (N,) of each class (row) were taken for each class (column)."""
+    pairs = labels * num_classes + predictions
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
+    """Return the confusion matrix (true, predicted), each row in percent, and beside it each class's accuracy."""
+    count = len(class_names)
+    rates = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    side = max(4.5, 0.5 * count) if count <= 30 else 0.16 * count
+    font = 9 if count <= 30 else 6
+    figure = Figure(figsize=(1.4 * side + 1, side + 0.5), layout="constrained")
+    matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
+    matrix.imshow(rates, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    if count <= 30:
+        for row, column in counts.nonzero().tolist():
+            color = "white" if rates[row, column] > 50 else "black"
+            text = f"{counts[row, column]}"
+            matrix.text(column, row, text, ha="center", va="center", color=color, fontsize=min(9, 110 / count))
+    matrix.set_xticks(range(count), class_names, rotation=45 if count <= 30 else 90, fontsize=font)
+    if count <= 30:
+        for label in matrix.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
+    matrix.set_yticks(range(count), class_names, fontsize=font)
+    matrix.set(title="Images of each class, by prediction", xlabel="Predicted", ylabel="True")
+    bars.barh(range(count), rates.diagonal(), color=mpl.colormaps["Blues"](0.6))
+    for row, rate in enumerate(rates.diagonal().tolist()):
+        bars.text(rate - 2, row, f"{rate:.1f}", ha="right", va="center", color="white", fontsize=font)
+    bars.set(title="Accuracy (%)", xlim=(0, 100))
+    bars.tick_params(axis="y", left=False, labelleft=False)
+    return figure
+
+
+def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return how much each part of normalized images (N, 3, H, W) speaks for the target classes: (N, H, W), 0 to 1.
+
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last activations before the head, by captum.
+    """
+    from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
+
+    activations = [module for module in net.modules() if isinstance(module, nn.Dropout2d)][-1]  # behind the last ReLU
+    parts = LayerGradCam(net, activations).attribute(images, targets, relu_attributions=True).detach()
+    parts = LayerAttribution.interpolate(parts, tuple(images.shape[2:]), "bilinear")[:, 0]
+    return parts / parts.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, class_names: Sequence[str]) -> Figure:
+    """Return the 20 most confident mistakes among the test images, each beside what spoke for it.
+
+    log_probs: (N, num_classes) of the test images.
+    """
+    images, labels = test.split
+    confidence, predictions = log_probs.exp().max(dim=1)
+    wrong = (predictions != torch.from_numpy(labels)).nonzero()[:, 0]
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure.suptitle(
+        f"The most confident of {len(wrong)} mistakes in {len(labels)} images; "
+        "right: where the network saw the class it predicted (Grad-CAM)"
+        if len(wrong)
+        else f"No mistake in {len(labels)} images"
+    )
+    grid = figure.subplots(4, 10)
+    for axes in grid.flat:
+        axes.axis("off")
+    if len(chosen):
+        device = next(net.parameters()).device
+        normalized = test.normalization(images=images[chosen.numpy()])["images"].to(device)
+        maps = explain(net, normalized, predictions[chosen].to(device)).cpu()
+    for number, index in enumerate(chosen.tolist()):
+        left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
+        left.imshow(images[index])
+        right.imshow(images[index])
+        right.imshow(maps[number], cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        left.set_title(
+            f"{class_names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {class_names[labels[index]]}",
+            fontsize=9,
+            loc="left",
+        )
+    return figure
+
+
+def plot_augmentations(train: AugmentedBatches, class_names: Sequence[str], count: int = 6) -> Figure:
+    """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
+    labels = train.labels.numpy()
+    rows = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(class_names)))]
+    figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), layout="constrained")
+    figure.suptitle("Training images (left), and what the network sees of them in the first nine epochs")
+    grid = figure.subplots(len(rows), 10, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for row, index in enumerate(rows):
+        versions = [train.images[index], *(train.augment(epoch, [index])[0] for epoch in range(1, 10))]
+        for axes, image in zip(grid[row], versions, strict=True):
+            axes.imshow(image)
+        grid[row, 0].set_ylabel(class_names[labels[index]], fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG. Raises WriteError."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_report(
+    folder: Path,
+    net: nn.Module,
+    checkpoint: dict,
+    train: AugmentedBatches,
+    test: FixedBatches,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Write the pictures of a checkpoint and its network, and report.md, which shows them. Raises WriteError."""
+    class_names = checkpoint["class_names"]
+    labels = torch.from_numpy(test.split.labels)
+    log_probs = compute_log_probs(net, test, device, dtype)
+    counts = count_confusions(labels, log_probs.argmax(dim=1), len(class_names))
+    figures = {
+        CURVES: plot_curves(checkpoint["metrics"]),
+        CONFUSION: plot_confusions(counts, class_names),
+        MISTAKES: plot_mistakes(net, test, log_probs, class_names),
+        AUGMENTATIONS: plot_augmentations(train, class_names),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, folder / name)
+    loss = F.nll_loss(log_probs.double(), labels).item()
+    write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode())
+
+
+def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
+    """Return the page: the numbers, the pictures, the settings."""
+    config, last = checkpoint["config"], checkpoint["metrics"][-1]
+    correct, total = int(counts.diagonal().sum()), int(counts.sum())
+    epochs = f"{checkpoint['epoch']} of {config['epochs']}"
+    lines = [
+        f"# {config['dataset']}: {100 * correct / total:.2f} % of {total:,} test images",
+        "",
+        "| epochs | training loss | training accuracy | test loss | test accuracy |",
+        "|---|---|---|---|---|",
+        f"| {epochs} | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {loss:.4f} "
+        f"| {100 * correct / total:.2f} % ({correct:,} of {total:,}) |",
+        "",
+        "Training figures are those of augmented images, each before the step that it is used for.",
+    ]
+    for title, name in (
+        ("Curves", CURVES),
+        ("Confusion matrix", CONFUSION),
+        ("Most confident mistakes", MISTAKES),
+        ("Augmentations", AUGMENTATIONS),
+    ):
+        lines += ["", f"## {title}", "", f"![{title}]({name})"]
+    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in config.items()]
+    return "\n".join(lines) + "\n"

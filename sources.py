@@ -1,0 +1,235 @@
+"""Where images come from: a source gives plain arrays and class names, and everything after it is the same for all.
+
+images (N, 32, 32, 3) uint8, labels (N,) int64.
+"""
+
+import contextlib
+import os
+import pickle
+import tarfile
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class DataError(Exception):
+    """Images that cannot be had or used; the message is one line for the user."""
+
+
+class Split(NamedTuple):
+    """images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Source(NamedTuple):
+    """What a dataset gives, whichever it is."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+
+def load_source(name: str, data_dir: str | Path) -> Source:
+    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes"; raise DataError if it cannot be had."""
+    loaders = {"cifar10": load_cifar10, "cifar100": load_cifar100, "folder": load_folder, "shapes": load_shapes}
+    source = loaders[name](Path(data_dir))
+    for images, labels in (source.train, source.test):
+        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
+            raise DataError(f"{name} in {data_dir} has images of shape {images.shape}, {images.dtype}: delete it")
+        if labels.min() < 0 or labels.max() >= len(source.class_names):
+            raise DataError(f"{name} in {data_dir} has labels outside 0 to {len(source.class_names) - 1}: delete it")
+    return source
+
+
+# --- CIFAR-10 and CIFAR-100 -------------------------------------------------------------------------
+
+
+def load_cifar10(data_dir: Path) -> Source:
+    """Return CIFAR-10 (Krizhevsky 2009), downloaded into data_dir if it is not there. Raises DataError."""
+    from torchvision.datasets import CIFAR10  # here: it is slow to import, and other sources go without it
+
+    return _load_cifar(CIFAR10, "CIFAR-10", data_dir)
+
+
+def load_cifar100(data_dir: Path) -> Source:
+    """Return CIFAR-100 with its 100 fine classes, downloaded into data_dir if it is not there. Raises DataError."""
+    from torchvision.datasets import CIFAR100
+
+    return _load_cifar(CIFAR100, "CIFAR-100", data_dir)
+
+
+def _load_cifar(dataset: type, title: str, data_dir: Path) -> Source:
+    """Read torchvision's dataset; no file is unpickled before its md5 has been verified."""
+    folder = data_dir / dataset.base_folder
+    if not folder.is_dir():
+        _fetch_cifar(dataset, title, data_dir)
+    try:
+        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        meta = dataset.meta["filename"], dataset.meta["md5"]
+        for name, md5 in [*dataset.train_list, *dataset.test_list, meta]:
+            _check_md5(folder / name, md5, delete=folder)
+        raise DataError(f"{title} cannot be read ({error}): delete {folder} and it is downloaded again") from None
+    return Source(
+        # torchvision's images are a transposed view; every later read wants them in one piece
+        Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),
+        Split(np.ascontiguousarray(test.data), np.array(test.targets, dtype=np.int64)),
+        tuple(train.classes),
+    )
+
+
+def _fetch_cifar(dataset: type, title: str, data_dir: Path) -> None:
+    """Download and unpack in a temporary folder, so that only what is whole gets its name in data_dir."""
+    from torchvision.datasets.utils import extract_archive
+
+    archive = data_dir / dataset.filename
+    if archive.exists():
+        _check_md5(archive, dataset.tgz_md5, delete=archive)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=f".{dataset.base_folder}-", dir=data_dir)
+    except OSError as error:
+        raise DataError(f"data_dir {data_dir} cannot be written ({error.strerror}): name another, --data-dir") from None
+    with temporary as folder:
+        try:
+            if archive.exists():
+                extract_archive(archive, folder)
+            else:
+                dataset(folder, download=True)
+        except (OSError, RuntimeError, tarfile.TarError) as error:
+            raise DataError(
+                f"{title} is not in {data_dir} and cannot be downloaded ({error}); either put {dataset.url} "
+                f"(md5 {dataset.tgz_md5}) at {archive}, or name the folder that holds it with --data-dir, "
+                f"or train on generated pictures with --dataset shapes"
+            ) from None
+        with contextlib.suppress(OSError):  # another run may have been faster
+            os.replace(Path(folder, dataset.base_folder), data_dir / dataset.base_folder)
+
+
+def _check_md5(path: Path, md5: str, delete: Path) -> None:
+    from torchvision.datasets import cifar
+
+    try:
+        whole = cifar.check_integrity(str(path), md5)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror})") from None
+    if not whole:
+        fault = "is damaged (its md5 is wrong)" if path.exists() else "is missing"
+        raise DataError(f"{path} {fault}: delete {delete} and it is downloaded again")
+
+
+# --- a folder of images -----------------------------------------------------------------------------
+
+
+def load_folder(data_dir: Path) -> Source:
+    """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
+
+    The classes are the folders' names in alphabetical order; names that begin with a dot are left out.
+    Raises DataError, naming it, for a folder that is missing or empty, and for a file that is no image.
+    """
+    class_names = _visible(data_dir / "train")
+    if _visible(data_dir / "test") != class_names:
+        raise DataError(f"{data_dir / 'train'} and {data_dir / 'test'} must hold the same classes, a folder for each")
+    train, test = (_read_classes(data_dir / part, class_names) for part in ("train", "test"))
+    return Source(train, test, tuple(class_names))
+
+
+def _visible(folder: Path) -> list[str]:
+    """Return the sorted names of what a folder holds; raise DataError if it is none or holds nothing."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be read ({error.strerror}): --dataset folder reads DATA_DIR/train/CLASS/IMAGE and "
+            f"DATA_DIR/test/CLASS/IMAGE"
+        ) from None
+    if not names:
+        raise DataError(f"{folder} is empty: each class needs images")
+    return names
+
+
+def _read_classes(folder: Path, class_names: list[str]) -> Split:
+    files = [[folder / name / file for file in _visible(folder / name)] for name in class_names]
+    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
+    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
+        images = list(pool.map(read_image, [path for paths in files for path in paths]))
+    return Split(np.stack(images), labels)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises DataError."""
+    try:
+        with Image.open(path) as image:
+            return resize_image(image)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as an image ({error.strerror or 'damaged, or no image'})") from None
+    except Exception as error:  # what Pillow's decoders raise at a damaged file is theirs to choose
+        raise DataError(f"{path} cannot be read as an image ({error})") from None
+
+
+def resize_image(image: Image.Image) -> np.ndarray:
+    """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
+
+    Raises ValueError for pixels of no fixed range (modes "I" and "F").
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
+
+
+# --- shapes -----------------------------------------------------------------------------------------
+
+
+# Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.
+SHAPES = {
+    "bar": lambda u, v: (abs(u) <= 0.95) & (abs(v) <= 0.28),
+    "bow tie": lambda u, v: (abs(v) <= abs(u)) & (abs(u) <= 0.7),
+    "circle": lambda u, v: u * u + v * v <= 0.65,
+    "crescent": lambda u, v: (u * u + v * v <= 0.9) & ((u - 0.5) ** 2 + v * v >= 0.5),
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.25) & (np.maximum(abs(u), abs(v)) <= 0.95),
+    "frame": lambda u, v: (np.maximum(abs(u), abs(v)) <= 0.75) & (np.maximum(abs(u), abs(v)) >= 0.45),
+    "half disc": lambda u, v: (u * u + v * v <= 0.9) & (v >= 0),
+    "ring": lambda u, v: (u * u + v * v <= 0.85) & (u * u + v * v >= 0.3),
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.65,
+    "triangle": lambda u, v: (v >= -0.5) & (v + 1.75 * abs(u) <= 1),
+}
+
+
+def load_shapes(data_dir: Path | None = None) -> Source:
+    """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
+    rng = np.random.Generator(np.random.Philox(key=0))
+    return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
+
+
+def draw_shapes(count: int, rng: np.random.Generator) -> Split:
+    """Draw `count` pictures of SHAPES, the classes in turn; position, size, colours, rotation and noise vary.
+
+    Only `rng.random` and arithmetic that IEEE 754 rounds exactly are used (no sine, no logarithm): the
+    pictures are the same, bit for bit, on every machine.
+    """
+    labels = np.arange(count, dtype=np.int64) % len(SHAPES)
+    t, x, y, size = rng.random((4, count, 1, 1))
+    t = 2 * t - 1
+    cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a point of the half circle: +-90 degrees
+    pixel = np.arange(32) + 0.5
+    dx = pixel[None, None, :] - (12 + 8 * x)  # centre within 4 pixels of the image's
+    dy = pixel[None, :, None] - (12 + 8 * y)
+    radius = 7 + 5 * size
+    u, v = (cosine * dx + sine * dy) / radius, (cosine * dy - sine * dx) / radius
+    inside = np.empty((count, 32, 32), dtype=bool)
+    for label, shape in enumerate(SHAPES.values()):
+        inside[labels == label] = shape(u[labels == label], v[labels == label])
+    background = 0.6 * rng.random((count, 1, 1, 3))
+    figure = background + 0.25 + 0.15 * rng.random((count, 1, 1, 3))
+    pictures = np.where(inside[..., None], figure, background)
+    flipped = rng.random((count, 1, 1, 1)) < 0.5  # as often dark on bright
+    pictures = np.where(flipped, 1 - pictures, pictures) + 0.3 * (rng.random(pictures.shape) - 0.5)
+    return Split((255 * pictures.clip(0, 1)).astype(np.uint8), labels)
