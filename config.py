@@ -123,7 +123,7 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
         super().__init__(prog, max_help_position=42)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
+        return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
 
 
 class _Parser(simple_parsing.ArgumentParser):
@@ -150,9 +150,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     mode.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
-    parser.add_argument(
-        "--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees"
-    )
+    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
     parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
     parser.add_arguments(Config, dest="config", default=config)
     arguments, unknown = parser.parse_known_args(argv)

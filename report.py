@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
@@ -37,9 +38,12 @@ def plot_curves(rows: Sequence[dict]) -> Figure:
             label = {"train_": "training", "valid_": "validation"}.get(part)
             axes.plot(epochs, [row[part + name] for row in rows], label=label, marker="o", markersize=3)
         axes.set(title=name.replace("_", " ").capitalize(), xlabel="Epoch", ylabel=unit)
+        axes.set_xlim(0.5, epochs[-1] + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if len(parts) == 2:
+        if name == "learning_rate":
+            axes.set_ylim(bottom=0)
+        else:
             axes.legend()
     return figure
 
@@ -56,17 +60,17 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
     """Return the confusion matrix (true, predicted), each row in percent, and beside it each class's accuracy."""
     count = len(class_names)
-    rates = 100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side = max(4.5, 0.5 * count) if count <= 30 else 0.16 * count
     font = 9 if count <= 30 else 6
     figure = Figure(figsize=(1.4 * side + 1, side + 0.5), layout="constrained")
     matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
-    matrix.imshow(rates, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    matrix.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")  # a few in a hundred are seen too
     if count <= 30:
         for row, column in counts.nonzero().tolist():
-            color = "white" if rates[row, column] > 50 else "black"
+            color = "white" if rates[row, column] > 30 else "black"
             text = f"{counts[row, column]}"
-            matrix.text(column, row, text, ha="center", va="center", color=color, fontsize=min(9, 110 / count))
+            matrix.text(column, row, text, ha="center", va="center", color=color, fontsize=min(9, 160 / count))
     matrix.set_xticks(range(count), class_names, rotation=45 if count <= 30 else 90, fontsize=font)
     if count <= 30:
         for label in matrix.get_xticklabels():
@@ -75,7 +79,8 @@ def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
     matrix.set(title="Images of each class, by prediction", xlabel="Predicted", ylabel="True")
     bars.barh(range(count), rates.diagonal(), color=mpl.colormaps["Blues"](0.6))
     for row, rate in enumerate(rates.diagonal().tolist()):
-        bars.text(rate - 2, row, f"{rate:.1f}", ha="right", va="center", color="white", fontsize=font)
+        inside = {"x": rate - 2, "ha": "right", "color": "white"} if rate > 40 else {"x": rate + 2, "ha": "left"}
+        bars.text(y=row, s=f"{rate:.1f}", va="center", fontsize=font, **inside)
     bars.set(title="Accuracy (%)", xlim=(0, 100))
     bars.tick_params(axis="y", left=False, labelleft=False)
     return figure
@@ -103,7 +108,7 @@ def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, c
     confidence, predictions = log_probs.exp().max(dim=1)
     wrong = (predictions != torch.from_numpy(labels)).nonzero()[:, 0]
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
-    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(
         f"The most confident of {len(wrong)} mistakes in {len(labels)} images; "
         "right: where the network saw the class it predicted (Grad-CAM)"
@@ -121,7 +126,7 @@ def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, c
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
         left.imshow(images[index])
         right.imshow(images[index])
-        right.imshow(maps[number], cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         left.set_title(
             f"{class_names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {class_names[labels[index]]}",
             fontsize=9,
@@ -142,7 +147,7 @@ def plot_augmentations(train: AugmentedBatches, class_names: Sequence[str], coun
     for row, index in enumerate(rows):
         versions = [train.images[index], *(train.augment(epoch, [index])[0] for epoch in range(1, 10))]
         for axes, image in zip(grid[row], versions, strict=True):
-            axes.imshow(image)
+            axes.imshow(np.asarray(image))
         grid[row, 0].set_ylabel(class_names[labels[index]], fontsize=9)
     return figure
 

@@ -354,7 +354,7 @@ def evaluate(path: str, device: str, given: dict, report: bool) -> None:
         from report import PAGE, write_report
 
         write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
-        print(f"The pictures are on {Path(path).parent / PAGE}")
+        print(f"A report with pictures is in {Path(path).parent / PAGE}")
 
 
 def print_predictions(path: str, images: list[str]) -> None:

@@ -44,9 +44,11 @@ def s8(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
-    def run(*argv):
-        new = not {"--evaluate", "--resume"} & {*argv}
+    def run(*argv, report=False):
+        new = not {"--evaluate", "--resume", "--predict"} & {*argv}
         flags = ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0") if new else ()
+        if not report:
+            flags += ("--no-report",)  # pictures take seconds
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])
         try:
             train.run()

@@ -44,4 +44,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--start-method":
         multiprocessing.set_start_method(sys.argv[2])
         del sys.argv[1:3]
+    sys.argv.append("--no-report")  # pictures take seconds
     train.run()

@@ -54,6 +54,11 @@ def test_flags_set_fields_of_their_type():
         (["--resume", "", "--seed", "1"], "--seed cannot be given with --resume"),
         (["--resume", "x", "--nonesterov"], "--nesterov cannot be given with --resume"),
         (["--evaluate", "x", "--epochs", "1"], "--epochs cannot be given with --evaluate"),
+        (["--predict"], "--predict: expected at least one argument"),
+        (["--predict", "a.png", "--epochs", "1"], "--epochs cannot be given with --predict"),
+        (["--predict", "a.png", "--resume", "x"], "--predict goes with --evaluate PATH only"),
+        (["--predict", "a.png", "--no-report"], "--predict goes with --evaluate PATH only"),
+        (["--no-reports"], "did you mean --no-report?"),
     ],
 )
 def test_wrong_command_line_is_one_line_with_a_way_out(argv, words, capsys):
