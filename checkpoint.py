@@ -156,7 +156,7 @@ def describe_progress(run_dir: str, resumable: bool) -> str:
 
 # --- checkpoints --------------------------------------------------------------------------------------
 
-FORMAT = "s8erav3-1"
+FORMAT = "s8erav3-2"
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -173,7 +173,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def save_weights(path: Path, checkpoint: dict) -> None:
     """Write what evaluation and prediction need of a checkpoint: all but the optimizer's state, at half the size."""
-    save_checkpoint(path, {name: part for name, part in checkpoint.items() if name not in ("optimizer", "scaler")})
+    save_checkpoint(path, {name: part for name, part in checkpoint.items() if name not in ("optimizers", "scaler")})
 
 
 def load_checkpoint(path: str | Path) -> dict:

@@ -30,6 +30,7 @@ class Config:
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
+    muon_learning_rate: float = 0.02  # the same, of Muon, which moves most weights; 0: SGD moves all
     schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # look ahead by one momentum step
@@ -67,6 +68,7 @@ _RANGES = {
     "hole_size": (1, 32),
     "epochs": (1, 100_000),
     "learning_rate": (1e-9, 1000),
+    "muon_learning_rate": (0, 1000),
     "momentum": (0, 0.9999),
     "weight_decay": (0, 1),
     "dropout": (0, 0.9),

@@ -69,40 +69,87 @@ from utils import (
 )
 
 
-def learning_rate(schedule: str, peak: float, progress: float, accuracies: list[float]) -> float:
-    """Return the learning rate when `progress` (0 to 1) of all steps are done, after these validation accuracies.
+def schedule_factor(schedule: str, progress: float, accuracies: list[float]) -> float:
+    """Return the part of the highest learning rate to take when `progress` (0 to 1) of all steps are done.
 
     onecycle: linear up over the first fifth, then linear down to zero (Smith & Topin 2018, arXiv:1708.07120).
     cosine: half a cosine down to zero (Loshchilov & Hutter 2017, arXiv:1608.03983).
-    plateau: divided by 10 whenever two epochs in a row did not raise the best accuracy.
+    plateau: divided by 10 whenever two epochs in a row did not raise the best of the validation `accuracies`.
     """
     if schedule == "onecycle":
-        return peak * min(progress / 0.2, (1 - progress) / 0.8)
+        return min(progress / 0.2, (1 - progress) / 0.8)
     if schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * progress)) / 2
-    if schedule == "plateau":
-        best, stalled = -math.inf, 0
-        for accuracy in accuracies:
-            best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
-            if stalled == 2:
-                peak, stalled = peak / 10, 0
-    return peak
+        return (1 + math.cos(math.pi * progress)) / 2
+    factor, best, stalled = 1.0, -math.inf, 0
+    for accuracy in accuracies if schedule == "plateau" else ():
+        best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
+        if stalled == 2:
+            factor, stalled = factor / 10, 0
+    return factor
 
 
-def make_optimizer(net: nn.Module, momentum: float, nesterov: bool, weight_decay: float) -> torch.optim.SGD:
-    """Return SGD that decays convolution weights only: biases and BatchNorm have one dimension, and are spared."""
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon, which takes matrices only, for convolution weights: (O, I, h, w) is (O, I*h*w) to it.
+
+    Muon makes the singular values of each step's matrix nearly equal, so that every direction in which the
+    layer can change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float):
+        super().__init__(weights, {"lr": lr, "initial_lr": lr})
+        self.matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
+        self.muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.0)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Take a step; the weights may have been loaded or moved since the last one."""
+        (group,) = self.param_groups
+        for matrix, weight in zip(self.matrices, group["params"], strict=True):
+            matrix.copy_(weight.flatten(1))
+            matrix.grad = weight.grad.flatten(1)
+        self.muon.param_groups[0]["lr"] = group["lr"]
+        self.muon.step()
+        for matrix, weight in zip(self.matrices, group["params"], strict=True):
+            weight.copy_(matrix.view_as(weight))
+
+    def state_dict(self) -> dict:
+        return self.muon.state_dict()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.muon.load_state_dict(state_dict)
+
+
+def make_optimizers(
+    net: nn.Module,
+    *,
+    learning_rate: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    muon_learning_rate: float = 0.0,
+) -> list[torch.optim.Optimizer]:
+    """Return [SGD]; with a muon_learning_rate [Muon for the convolutions that mix channels, SGD for what is left].
+
+    SGD decays convolution weights only: biases and BatchNorm have one dimension, and are spared.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if muon_learning_rate else []
+    rest = [p for p in net.parameters() if not any(p is weight for weight in mixing)]
     groups = [
-        {"params": [p for p in net.parameters() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in net.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, momentum=momentum, nesterov=nesterov)
+    sgd = torch.optim.SGD(groups, learning_rate, momentum=momentum, nesterov=nesterov)
+    for group in sgd.param_groups:
+        group["initial_lr"] = learning_rate
+    return [Muon(mixing, muon_learning_rate), sgd] if mixing else [sgd]
 
 
 def train_step(
     net: nn.Module,
     images: torch.Tensor,
     labels: torch.Tensor,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,9 +157,10 @@ def train_step(
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         log_probs = net(images)
         loss = F.nll_loss(log_probs, labels)
-    optimizer.zero_grad()
+    net.zero_grad()
     scaler.scale(loss).backward()
-    scaler.step(optimizer)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
     scaler.update()
     return loss, log_probs
 
@@ -120,29 +168,27 @@ def train_step(
 def train_one_epoch(
     net: nn.Module,
     batches: Iterable,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
-    rates: Sequence[float],
+    factors: Sequence[float],
     device: torch.device,
     dtype: torch.dtype,
     description: str = "Training",
 ) -> dict[str, float]:
-    """Take a step for each batch, each with its learning rate; return {"loss", "accuracy" in percent}.
+    """Take a step for each batch, at that factor of the optimizers' rates; return {"loss", "accuracy" in percent}.
 
     Both are averages over the images as they were trained on: augmented, with dropout, before their step.
     Raises NonFiniteLoss; the network is of no use then.
     """
     net.train()
     meter = Meter(description, len(batches), device)
-    try:
-        for rate, (images, labels) in zip(rates, with_progress(batches, meter), strict=True):
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss, log_probs = train_step(net, images, labels, optimizer, scaler, dtype)
-            meter.update(loss, log_probs, labels)
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(f"{error}, learning rate {rates[error.step - 1]:.4g}", error.step) from None
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for factor, (images, labels) in zip(factors, with_progress(batches, meter), strict=True):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for group in groups:
+            group["lr"] = factor * group["initial_lr"]
+        loss, log_probs = train_step(net, images, labels, optimizers, scaler, dtype)
+        meter.update(loss, log_probs, labels)
     return meter.result()
 
 
@@ -205,10 +251,10 @@ def load_data(config: Config, num_workers: int) -> Data:
     )
 
 
-def epoch_rates(config: Config, epoch: int, steps: int, accuracies: list[float]) -> list[float]:
-    """Return the learning rate of each of the epoch's steps, taken in the middle of the step: never 0."""
+def epoch_factors(config: Config, epoch: int, steps: int, accuracies: list[float]) -> list[float]:
+    """Return each step's part of the highest learning rate, taken in the middle of the step: never 0."""
     done = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
-    return [learning_rate(config.schedule, config.learning_rate, progress, accuracies) for progress in done]
+    return [schedule_factor(config.schedule, progress, accuracies) for progress in done]
 
 
 def main(config: Config, resume: bool = False, report: bool = True) -> None:
@@ -250,12 +296,20 @@ def fit(
     compiled: what is called, `net` itself or its compiled form; the weights are those of `net`.
     """
     dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
-    optimizer = make_optimizer(net, config.momentum, config.nesterov, config.weight_decay)
+    optimizers = make_optimizers(
+        net,
+        learning_rate=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        muon_learning_rate=config.muon_learning_rate,
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     rows = []
     if checkpoint:
         load_weights(net, checkpoint)  # first: it refuses another network's before anything is changed
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
         follow_last(run_dir, checkpoint)
         rows = checkpoint["metrics"]
@@ -264,15 +318,15 @@ def fit(
 
     for epoch in range(len(rows) + 1, config.epochs + 1):
         title = f"Epoch {epoch}/{config.epochs}"
-        rates = epoch_rates(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
+        factors = epoch_factors(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch)
         data.train.sampler.set_epoch(epoch)
-        train = train_one_epoch(compiled, data.train, optimizer, scaler, rates, device, dtype, f"{title} - Training")
+        train = train_one_epoch(compiled, data.train, optimizers, scaler, factors, device, dtype, f"{title} - Training")
         valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
         print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
-        row = {"epoch": epoch, "learning_rate": rates[-1]}
+        row = {"epoch": epoch, "learning_rate": factors[-1] * config.learning_rate}
         row |= {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
         rows.append(row)
         write_epoch(
@@ -285,7 +339,7 @@ def fit(
                 "epoch": epoch,
                 "metrics": rows,
                 "model": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "scaler": scaler.state_dict(),
             },
         )
@@ -372,7 +426,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, Stop):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, NonFiniteLoss):
-        return 1, f"stopped: {text}; a new run needs a lower --learning-rate"
+        return 1, f"stopped: {text}; a new run needs a lower --learning-rate or --muon-learning-rate"
     if isinstance(error, WriteError):
         return 1, f"stopped: {text}"
     out_of_memory = re.search("out of memory|not enough memory|can't allocate memory", text)

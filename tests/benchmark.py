@@ -39,7 +39,7 @@ from dataset import (
 )
 from model import Net
 from sources import Split, load_source
-from train import make_optimizer, train_one_epoch, train_step, validate
+from train import make_optimizers, train_one_epoch, train_step, validate
 from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
 
 ROOT = Path(__file__).parent.parent
@@ -150,19 +150,21 @@ def make_functions(split, device, dtype):
 
     plain_net, net = Net().to(device), Net().to(device, memory_format=torch.channels_last)
     plain_optimizer = torch.optim.SGD(plain_net.parameters(), lr=0.01, momentum=0.9)
-    optimizer = make_optimizer(net, 0.9, True, 5e-4)
+    optimizers = make_optimizers(
+        net, learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, muon_learning_rate=0.02
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     placed = [tuple(part.to(device) for part in batch) for batch in fixed]
 
     def bare_steps():
         net.train()
         for images, labels in placed:
-            train_step(net, images, labels, optimizer, scaler, dtype)
+            train_step(net, images, labels, optimizers, scaler, dtype)
 
-    rates = [0.01] * len(keys)
+    factors = [1.0] * len(keys)
     return {
         "training, plain": lambda: plain_train(plain_net, plain_loader, plain_optimizer, device),
-        "training": lambda: train_one_epoch(net, loader, optimizer, scaler, rates, device, dtype),
+        "training": lambda: train_one_epoch(net, loader, optimizers, scaler, factors, device, dtype),
         "bare steps": bare_steps,
         "validation, plain": lambda: plain_validate(plain_net, plain_test_loader, device),
         "validation": lambda: validate(net, fixed, device, dtype),

@@ -78,6 +78,7 @@ OUT_OF_RANGE = {
     "hole_size": (0, 33),
     "epochs": (0,),
     "learning_rate": (0, -1),
+    "muon_learning_rate": (-1,),
     "momentum": (-0.1, 1.0),
     "weight_decay": (-1, 2),
     "dropout": (-0.1, 1.0),

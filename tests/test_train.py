@@ -24,6 +24,7 @@ from utils import Meter, NonFiniteLoss, with_progress
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
+USUAL = {"learning_rate": 1.0, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
 
 
 # --- a whole run ---
@@ -115,30 +116,61 @@ def test_training_averages_are_over_images(uneven):
     torch.manual_seed(0)
     net = Net()
     losses = [F.nll_loss(net(images), labels).item() for images, labels in uneven]
-    optimizer = train.make_optimizer(net, 0.9, True, 0.0)
-    result = train.train_one_epoch(net, uneven, optimizer, OFF, [0.0] * 3, CPU, torch.float32)
+    optimizers = train.make_optimizers(net, **USUAL)
+    result = train.train_one_epoch(net, uneven, optimizers, OFF, [0.0] * 3, CPU, torch.float32)
     assert result["loss"] == pytest.approx(np.average(losses, weights=[20, 20, 3]), rel=1e-5)
 
 
-def test_each_step_has_its_learning_rate(uneven):
+@pytest.mark.parametrize("muon", [0.0, 0.5], ids=["SGD", "Muon"])
+def test_each_step_has_its_part_of_the_learning_rates(uneven, muon):
     net = Net()
     before = [p.clone() for p in net.parameters()]
-    optimizer = train.make_optimizer(net, 0.0, False, 0.0)
-    train.train_one_epoch(net, uneven, optimizer, OFF, [0.0, 0.0, 0.0], CPU, torch.float32)
+    optimizers = train.make_optimizers(net, **{**USUAL, "learning_rate": 2.0}, muon_learning_rate=muon)
+    train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.0], CPU, torch.float32)
     assert all(map(torch.equal, before, net.parameters()))
-    train.train_one_epoch(net, uneven, optimizer, OFF, [0.0, 0.0, 0.1], CPU, torch.float32)
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    assert not any(map(torch.equal, before[-2:], list(net.parameters())[-2:]))
+    train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.1], CPU, torch.float32)
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == ([0.05, 0.2] if muon else [0.2])
+    assert not any(map(torch.equal, before, net.parameters()))
+
+
+def names_of(net, params):
+    return {name for name, p in net.named_parameters() if any(p is q for q in params)}
 
 
 def test_weight_decay_spares_biases_and_batchnorm():
     net = Net()
-    decayed, spared = train.make_optimizer(net, 0.9, True, 0.01).param_groups
+    (sgd,) = train.make_optimizers(net, **{**USUAL, "weight_decay": 0.01})
+    decayed, spared = sgd.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    assert {name for name, p in net.named_parameters() if any(p is q for q in decayed["params"])} == {
+    assert names_of(net, decayed["params"]) == {
         name + ".weight" for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d)
     }
     assert sum(p.numel() for group in (decayed, spared) for p in group["params"]) == 138_666
+
+
+def test_muon_has_the_weights_that_mix_channels_and_sgd_the_rest():
+    net = Net()
+    muon, sgd = train.make_optimizers(net, **USUAL, muon_learning_rate=0.02)
+    mixing, decayed, spared = (g["params"] for optimizer in (muon, sgd) for g in optimizer.param_groups)
+    assert names_of(net, decayed) == {"blocks.1.0.weight", "blocks.2.0.weight", "classifier.weight"}
+    assert all(p.ndim == 4 for p in mixing)
+    assert sum(p.numel() for params in (mixing, decayed, spared) for p in params) == 138_666
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_muon_is_torchs_on_the_flattened_weights(memory_format):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(5, 7, 3).to(memory_format=memory_format)
+    matrix = torch.nn.Parameter(conv.weight.detach().flatten(1).clone())
+    ours, torchs = train.Muon([conv.weight], 0.02), torch.optim.Muon([matrix], 0.02, weight_decay=0.0)
+    for _ in range(3):
+        conv.weight.grad = torch.randn(7, 5, 3, 3)
+        matrix.grad = conv.weight.grad.flatten(1)
+        ours.step()
+        torchs.step()
+        ours.load_state_dict(ours.state_dict())
+    assert torch.equal(conv.weight.flatten(1), matrix)
+    assert conv.weight.is_contiguous(memory_format=memory_format)
 
 
 def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
@@ -157,37 +189,38 @@ def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
     monkeypatch.setattr(Meter, "result", allowed)
     batches = list(uneven)
     net = Net()
-    optimizer = train.make_optimizer(net, 0.9, True, 5e-4)
+    optimizers = train.make_optimizers(net, **USUAL, muon_learning_rate=0.1)
     for name, original in originals.items():
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, f=original: waiting.append(name) or f(*a))
-    train.train_one_epoch(net, batches, optimizer, OFF, [0.1] * 3, CPU, torch.float32)
+    train.train_one_epoch(net, batches, optimizers, OFF, [0.1] * 3, CPU, torch.float32)
     train.validate(net, batches, CPU, torch.float32)
     assert waiting == []
     assert torch.ones(1).item() == 1
     assert waiting == ["item"]  # the trap works
 
 
-def test_it_learns(uneven):
+@pytest.mark.parametrize("muon", [0.0, 1.0], ids=["SGD", "Muon"])
+def test_it_learns(uneven, muon):
     torch.manual_seed(0)
     net = Net()
-    optimizer = train.make_optimizer(net, 0.9, True, 0.0)
+    optimizers = train.make_optimizers(net, **USUAL, muon_learning_rate=muon)
     batches = list(uneven)[:1]
     losses = [
-        train.train_one_epoch(net, batches, optimizer, OFF, [0.02], CPU, torch.float32)["loss"] for _ in range(40)
+        train.train_one_epoch(net, batches, optimizers, OFF, [0.02], CPU, torch.float32)["loss"] for _ in range(40)
     ]
     assert losses[-1] < 0.5 < 2 < losses[0]
 
 
 def test_schedules():
-    def rates(schedule, accuracies=()):
-        return [train.learning_rate(schedule, 2.0, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
+    def factors(schedule, accuracies=()):
+        return [train.schedule_factor(schedule, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
 
-    assert rates("onecycle") == pytest.approx([0, 1, 2, 1, 0])
-    assert rates("cosine") == pytest.approx([2, 1.951057, 1.809017, 0.690983, 0], abs=1e-6)
-    assert rates("constant") == [2] * 5
+    assert factors("onecycle") == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert factors("cosine") == pytest.approx([1, 0.9755283, 0.9045085, 0.3454915, 0], abs=1e-6)
+    assert factors("constant") == [1] * 5
     published = [83.28, 83.09, 82.68]  # epochs 22 to 24 of the specification's log: the rate fell at epoch 25
-    assert rates("plateau", published[:2]) == [2] * 5
-    assert rates("plateau", published) == [0.2] * 5
+    assert factors("plateau", published[:2]) == [1] * 5
+    assert factors("plateau", published) == [0.1] * 5
 
 
 def test_plateau_is_torchs():
@@ -198,7 +231,7 @@ def test_plateau_is_torchs():
     )
     for epoch, accuracy in enumerate(accuracies, start=1):
         scheduler.step(accuracy)
-        ours = train.learning_rate("plateau", 1.0, 0.5, accuracies[:epoch].tolist())
+        ours = train.schedule_factor("plateau", 0.5, accuracies[:epoch].tolist())
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
@@ -233,8 +266,8 @@ def test_loss_that_is_not_finite_stops_the_run(s8, refusal):
     )
     assert code == 1
     assert re.search(
-        r"Epoch \d/3 - Training: the loss is (nan|inf) at step \d+, learning rate 1000; "
-        r"a new run needs a lower --learning-rate; (no epoch is finished yet|epoch \d is saved)$",
+        r"Epoch \d/3 - (Training|Validation): the loss is (nan|inf) at step \d+; a new run needs a lower "
+        r"--learning-rate or --muon-learning-rate; (no epoch is finished yet|epoch \d is saved)$",
         refusal().strip(),
     )
 
