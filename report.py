@@ -60,21 +60,18 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
     """Return the confusion matrix (true, predicted), each row in percent, and beside it each class's accuracy."""
     count = len(class_names)
+    few = count <= 30  # a number has room in each cell
     rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    side = max(4.5, 0.5 * count) if count <= 30 else 0.16 * count
-    font = 9 if count <= 30 else 6
+    side, font = (max(4.5, 0.5 * count), 9) if few else (0.16 * count, 6)
     figure = Figure(figsize=(1.4 * side + 1, side + 0.5), layout="constrained")
     matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
     matrix.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")  # a few in a hundred are seen too
-    if count <= 30:
-        for row, column in counts.nonzero().tolist():
-            color = "white" if rates[row, column] > 30 else "black"
-            text = f"{counts[row, column]}"
-            matrix.text(column, row, text, ha="center", va="center", color=color, fontsize=min(9, 160 / count))
-    matrix.set_xticks(range(count), class_names, rotation=45 if count <= 30 else 90, fontsize=font)
-    if count <= 30:
-        for label in matrix.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
+    for row, column in counts.nonzero().tolist() if few else ():
+        color = "white" if rates[row, column] > 30 else "black"
+        size = min(9, 160 / count)
+        matrix.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=color, fontsize=size)
+    slanted = {"rotation": 45 if few else 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
+    matrix.set_xticks(range(count), class_names, fontsize=font, **slanted)
     matrix.set_yticks(range(count), class_names, fontsize=font)
     matrix.set(title="Images of each class, by prediction", xlabel="Predicted", ylabel="True")
     bars.barh(range(count), rates.diagonal(), color=mpl.colormaps["Blues"](0.6))

@@ -38,8 +38,9 @@ from dataset import (
     make_normalization,
 )
 from model import Net
+from optimizer import make_optimizers
 from sources import Split, load_source
-from train import make_optimizers, train_one_epoch, train_step, validate
+from train import train_one_epoch, train_step, validate
 from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
 
 ROOT = Path(__file__).parent.parent

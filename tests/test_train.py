@@ -19,6 +19,7 @@ import utils
 from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint
 from dataset import FixedBatches, make_normalization
 from model import BlockSpec, Net
+from optimizer import Muon, make_optimizers, schedule_factor
 from sources import draw_shapes
 from utils import Meter, NonFiniteLoss, with_progress
 
@@ -116,7 +117,7 @@ def test_training_averages_are_over_images(uneven):
     torch.manual_seed(0)
     net = Net()
     losses = [F.nll_loss(net(images), labels).item() for images, labels in uneven]
-    optimizers = train.make_optimizers(net, **USUAL)
+    optimizers = make_optimizers(net, **USUAL)
     result = train.train_one_epoch(net, uneven, optimizers, OFF, [0.0] * 3, CPU, torch.float32)
     assert result["loss"] == pytest.approx(np.average(losses, weights=[20, 20, 3]), rel=1e-5)
 
@@ -125,7 +126,7 @@ def test_training_averages_are_over_images(uneven):
 def test_each_step_has_its_part_of_the_learning_rates(uneven, muon):
     net = Net()
     before = [p.clone() for p in net.parameters()]
-    optimizers = train.make_optimizers(net, **{**USUAL, "learning_rate": 2.0}, muon_learning_rate=muon)
+    optimizers = make_optimizers(net, **{**USUAL, "learning_rate": 2.0}, muon_learning_rate=muon)
     train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.0], CPU, torch.float32)
     assert all(map(torch.equal, before, net.parameters()))
     train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.1], CPU, torch.float32)
@@ -139,7 +140,7 @@ def names_of(net, params):
 
 def test_weight_decay_spares_biases_and_batchnorm():
     net = Net()
-    (sgd,) = train.make_optimizers(net, **{**USUAL, "weight_decay": 0.01})
+    (sgd,) = make_optimizers(net, **{**USUAL, "weight_decay": 0.01})
     decayed, spared = sgd.param_groups
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
     assert names_of(net, decayed["params"]) == {
@@ -150,7 +151,7 @@ def test_weight_decay_spares_biases_and_batchnorm():
 
 def test_muon_has_the_weights_that_mix_channels_and_sgd_the_rest():
     net = Net()
-    muon, sgd = train.make_optimizers(net, **USUAL, muon_learning_rate=0.02)
+    muon, sgd = make_optimizers(net, **USUAL, muon_learning_rate=0.02)
     mixing, decayed, spared = (g["params"] for optimizer in (muon, sgd) for g in optimizer.param_groups)
     assert names_of(net, decayed) == {"blocks.1.0.weight", "blocks.2.0.weight", "classifier.weight"}
     assert all(p.ndim == 4 for p in mixing)
@@ -162,7 +163,7 @@ def test_muon_is_torchs_on_the_flattened_weights(memory_format):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(5, 7, 3).to(memory_format=memory_format)
     matrix = torch.nn.Parameter(conv.weight.detach().flatten(1).clone())
-    ours, torchs = train.Muon([conv.weight], 0.02), torch.optim.Muon([matrix], 0.02, weight_decay=0.0)
+    ours, torchs = Muon([conv.weight], 0.02), torch.optim.Muon([matrix], 0.02, weight_decay=0.0)
     for _ in range(3):
         conv.weight.grad = torch.randn(7, 5, 3, 3)
         matrix.grad = conv.weight.grad.flatten(1)
@@ -189,7 +190,7 @@ def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
     monkeypatch.setattr(Meter, "result", allowed)
     batches = list(uneven)
     net = Net()
-    optimizers = train.make_optimizers(net, **USUAL, muon_learning_rate=0.1)
+    optimizers = make_optimizers(net, **USUAL, muon_learning_rate=0.1)
     for name, original in originals.items():
         monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, f=original: waiting.append(name) or f(*a))
     train.train_one_epoch(net, batches, optimizers, OFF, [0.1] * 3, CPU, torch.float32)
@@ -203,7 +204,7 @@ def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
 def test_it_learns(uneven, muon):
     torch.manual_seed(0)
     net = Net()
-    optimizers = train.make_optimizers(net, **USUAL, muon_learning_rate=muon)
+    optimizers = make_optimizers(net, **USUAL, muon_learning_rate=muon)
     batches = list(uneven)[:1]
     losses = [
         train.train_one_epoch(net, batches, optimizers, OFF, [0.02], CPU, torch.float32)["loss"] for _ in range(40)
@@ -213,7 +214,7 @@ def test_it_learns(uneven, muon):
 
 def test_schedules():
     def factors(schedule, accuracies=()):
-        return [train.schedule_factor(schedule, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
+        return [schedule_factor(schedule, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
 
     assert factors("onecycle") == pytest.approx([0, 0.5, 1, 0.5, 0])
     assert factors("cosine") == pytest.approx([1, 0.9755283, 0.9045085, 0.3454915, 0], abs=1e-6)
@@ -231,7 +232,7 @@ def test_plateau_is_torchs():
     )
     for epoch, accuracy in enumerate(accuracies, start=1):
         scheduler.step(accuracy)
-        ours = train.schedule_factor("plateau", 0.5, accuracies[:epoch].tolist())
+        ours = schedule_factor("plateau", 0.5, accuracies[:epoch].tolist())
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
