@@ -4,6 +4,7 @@ Each function returns a matplotlib Figure, which has nothing to do with a screen
 """
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,14 +106,13 @@ def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, c
     confidence, predictions = log_probs.exp().max(dim=1)
     wrong = (predictions != torch.from_numpy(labels)).nonzero()[:, 0]
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    rows = max(1, math.ceil(len(chosen) / 5))
+    figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
     figure.suptitle(
-        f"The most confident of {len(wrong)} mistakes in {len(labels)} images; "
-        "right: where the network saw the class it predicted (Grad-CAM)"
-        if len(wrong)
-        else f"No mistake in {len(labels)} images"
+        f"Mistakes: {len(wrong)} in {len(labels)} images; the most confident first, "
+        "each beside what spoke for it (Grad-CAM)"
     )
-    grid = figure.subplots(4, 10)
+    grid = figure.subplots(rows, 10, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     if len(chosen):

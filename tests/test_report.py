@@ -110,7 +110,7 @@ def test_mistakes_are_the_most_confident_first(test_batches):
         probabilities[index, (labels[index] + 1) % 10] = confidence
     names = [f"class {k}" for k in range(10)]
     figure = report.plot_mistakes(Net(), test_batches, probabilities.log(), names)
-    assert "The most confident of 3 mistakes in 30 images" in " ".join(texts(figure))
+    assert "Mistakes: 3 in 30 images" in " ".join(texts(figure))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     expected = [
         f"class {(label + 1) % 10} {confidence} %\ntrue: class {label}"
@@ -126,7 +126,7 @@ def test_no_mistake_is_a_picture_too(test_batches, tmp_path):
     log_probs = torch.full((30, 10), 0.01)
     log_probs[range(30), torch.from_numpy(test_batches.split.labels)] = 0.91
     figure = report.plot_mistakes(Net(), test_batches, log_probs.log(), list("abcdefghij"))
-    assert "No mistake in 30 images" in texts(figure)
+    assert "Mistakes: 0 in 30 images" in " ".join(texts(figure))
     report.save_figure(figure, tmp_path / "none.png")
     assert os.listdir(tmp_path) == ["none.png"]
 
