@@ -204,6 +204,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
         print(f"Device: {where}. Run: {config.run_dir}", flush=True)
         checkpoint = read_last(config.run_dir) if resume else None
         fit(config, data, net, compiled, device, checkpoint, report)
+        finish(config, data, net, device, report)
 
 
 def fit(
@@ -273,17 +274,24 @@ def fit(
 
             save_figure(plot_curves(rows), run_dir / CURVES)
 
-    best = best_row(rows)
+
+def finish(config: Config, data: Data, net: nn.Module, device: torch.device, report: bool) -> None:
+    """Print a run's best accuracy, test the best epoch's network if images were held out to choose it, draw pictures.
+
+    The pictures are those of the network that was tested; without held-out images, of the last epoch's.
+    """
+    dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
+    checkpoint = load_checkpoint(run_dir / (BEST if config.valid_split > 0 else LAST))
+    best = best_row(checkpoint["metrics"])
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
-    final = load_checkpoint(run_dir / (BEST if config.valid_split > 0 else LAST))
-    load_weights(net, final)
+    load_weights(net, checkpoint)
     if config.valid_split > 0:
         test = validate(net, data.test, device, dtype, "Test")
         print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
     if report:
         from report import write_report
 
-        write_report(run_dir, net, final, data.train.dataset, data.test, device, dtype)
+        write_report(run_dir, net, checkpoint, data.train.dataset, data.test, device, dtype)
 
 
 def resume(run_dir: str, given: dict, report: bool) -> None:
