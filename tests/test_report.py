@@ -101,7 +101,7 @@ def test_batches():
     return FixedBatches(draw_shapes(30, np.random.default_rng(1)), make_normalization((0.5,) * 3, (0.25,) * 3), 16)
 
 
-def test_mistakes_are_the_most_confident_first(test_batches):
+def test_mistakes_are_the_most_confident_first_and_the_prediction_is_explained(test_batches, monkeypatch):
     labels = torch.from_numpy(test_batches.split.labels)
     probabilities = torch.full((30, 10), 0.01)
     probabilities[range(30), labels] = 0.91
@@ -109,6 +109,10 @@ def test_mistakes_are_the_most_confident_first(test_batches):
         probabilities[index] = (1 - confidence) / 9
         probabilities[index, (labels[index] + 1) % 10] = confidence
     names = [f"class {k}" for k in range(10)]
+    explained = []
+    monkeypatch.setattr(
+        report, "explain", lambda net, images, targets: explained.extend((images, targets)) or images[:, 0]
+    )
     figure = report.plot_mistakes(Net(), test_batches, probabilities.log(), names)
     assert "Mistakes: 3 in 30 images" in " ".join(texts(figure))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -117,6 +121,9 @@ def test_mistakes_are_the_most_confident_first(test_batches):
         for label, confidence in ((labels[12], 90), (labels[20], 70), (labels[3], 60))
     ]
     assert [title for title in titles if title] == expected
+    chosen = test_batches.split.images[[12, 20, 3]]
+    assert torch.equal(explained[0], test_batches.normalization(images=chosen)["images"])
+    assert explained[1].tolist() == [(label + 1) % 10 for label in labels[[12, 20, 3]]]
     shown = [axes for axes in figure.axes if axes.images]
     assert np.array_equal(images_of(shown[0])[0], test_batches.split.images[12])
     assert len(images_of(shown[1])) == 2  # the image, and the map over it
@@ -132,8 +139,10 @@ def test_no_mistake_is_a_picture_too(test_batches, tmp_path):
 
 
 def test_explanation_is_where_the_class_is_seen():
-    """A network whose classes are redness and greenness."""
-    net = nn.Sequential(nn.AvgPool2d(4), nn.ReLU(), nn.Dropout2d(0.5), nn.AvgPool2d(8), nn.Flatten()).eval()
+    """By a network whose classes are redness and greenness, each of which speaks against the other."""
+    contrast = nn.Linear(3, 2)
+    contrast.weight.data = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])
+    net = nn.Sequential(nn.AvgPool2d(4), nn.ReLU(), nn.Dropout2d(0.5), nn.AvgPool2d(8), nn.Flatten(), contrast).eval()
     image = torch.zeros(3, 32, 32)
     image[0, :12, :12] = 1
     image[1, 20:, 20:] = 0.1
