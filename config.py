@@ -96,7 +96,8 @@ def check(config: Config) -> None:
 class Arguments(NamedTuple):
     """What the command line asks for; `given` holds the fields of `config` that stand on it.
 
-    predict: images; `evaluate` names the checkpoint then. report: whether pictures are drawn.
+    predict: images; `evaluate` names the checkpoint then. report: whether pictures are drawn. tta: whether
+    `evaluate` gives the accuracy with mirrored images too.
     """
 
     config: Config
@@ -105,6 +106,7 @@ class Arguments(NamedTuple):
     evaluate: str | None
     predict: list[str] | None
     report: bool
+    tta: bool
 
 
 # What may be given beside --resume, --evaluate and --predict, which take the rest from the run or the checkpoint.
@@ -115,7 +117,7 @@ _GIVEN_WITH = {
 }
 
 
-_MODES = ("--resume", "--evaluate", "--predict", "--no-report")
+_MODES = ("--resume", "--evaluate", "--predict", "--tta", "--no-report")
 
 
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
@@ -153,6 +155,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     mode.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     mode.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
+    parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
     parser.add_arguments(Config, dest="config", default=config)
     arguments, unknown = parser.parse_known_args(argv)
@@ -171,10 +174,12 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         for flag, name in given.items():
             if getattr(arguments, mode) is not None and name not in allowed:
                 parser.error(f"{flag} cannot be given with --{mode}, which takes it from what was saved")
+    if arguments.tta and (arguments.evaluate is None or arguments.predict):
+        parser.error("--tta goes with --evaluate PATH only")
     if arguments.predict:
         if arguments.resume is not None or arguments.no_report:
             parser.error("--predict goes with --evaluate PATH only")
         arguments.evaluate = arguments.evaluate if arguments.evaluate is not None else str(WEIGHTS)
     values = {name: getattr(arguments.config, name) for name in given.values()}
-    report = not arguments.no_report
-    return Arguments(arguments.config, values, arguments.resume, arguments.evaluate, arguments.predict, report)
+    modes = arguments.resume, arguments.evaluate, arguments.predict
+    return Arguments(arguments.config, values, *modes, report=not arguments.no_report, tta=arguments.tta)

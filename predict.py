@@ -1,5 +1,6 @@
 """What a trained network says of images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,20 @@ from checkpoint import load_checkpoint, load_weights
 from dataset import FixedBatches, make_normalization
 from model import Net
 from sources import Split, read_image, resize_image
+
+
+class Mirrored(nn.Module):
+    """The mean of a network's probabilities for an image and its mirror image, as log-probabilities (N, num_classes).
+
+    The simplest test-time augmentation.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.logaddexp(self.net(x), self.net(x.flip(3))) - math.log(2)
 
 
 class Prediction(NamedTuple):

@@ -48,7 +48,7 @@ from dataset import (
 )
 from model import Net, print_summary
 from optimizer import make_optimizers, schedule_factor
-from predict import load_network, predict
+from predict import Mirrored, load_network, predict
 from sources import DataError, load_source
 from utils import (
     DTYPES,
@@ -319,10 +319,11 @@ def read_config(settings: dict, where: str) -> Config:
     return config
 
 
-def evaluate(path: str, device: str, given: dict, report: bool) -> None:
+def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> None:
     """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
 
-    report: whether its pictures and report.md are written beside it.
+    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
+    images is printed too.
     """
     net, checkpoint = load_network(path)
     config = replace(read_config(checkpoint["config"], path), **{"device": device, **given})
@@ -334,8 +335,10 @@ def evaluate(path: str, device: str, given: dict, report: bool) -> None:
     net.to(device)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
     batches = FixedBatches(data.test.split, normalization, config.batch_size)
-    test = validate(net, batches, device, dtype, "Test")
-    print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+    networks = {"Test": net} | ({"Mirrored Test": Mirrored(net)} if tta else {})
+    for title, network in networks.items():
+        test = validate(network, batches, device, dtype, title)
+        print(f"{title} Loss: {test['loss']:.4f}, {title} Acc: {test['accuracy']:.4f}")
     if report:
         from report import PAGE, write_report
 
@@ -382,7 +385,7 @@ def run() -> None:
         if arguments.predict:
             return print_predictions(arguments.evaluate, arguments.predict)
         if arguments.evaluate is not None:
-            return evaluate(arguments.evaluate, config.device, arguments.given, arguments.report)
+            return evaluate(arguments.evaluate, config.device, arguments.given, arguments.report, arguments.tta)
         if arguments.resume is not None:
             return resume(run_dir, arguments.given, arguments.report)
         return main(replace(config, run_dir=run_dir), report=arguments.report)

@@ -58,6 +58,7 @@ def test_flags_set_fields_of_their_type():
         (["--predict", "a.png", "--epochs", "1"], "--epochs cannot be given with --predict"),
         (["--predict", "a.png", "--resume", "x"], "--predict goes with --evaluate PATH only"),
         (["--predict", "a.png", "--no-report"], "--predict goes with --evaluate PATH only"),
+        (["--tta"], "--tta goes with --evaluate PATH only"),
         (["--no-reports"], "did you mean --no-report?"),
     ],
 )

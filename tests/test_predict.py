@@ -6,7 +6,7 @@ from PIL import Image
 from checkpoint import load_checkpoint, save_checkpoint
 from dataset import make_normalization
 from model import Net
-from predict import load_network, predict
+from predict import Mirrored, load_network, predict
 from sources import DataError
 
 NAMES = ["cat", "dog", "eel"]
@@ -80,3 +80,13 @@ def test_network_follows_the_checkpoints_classes(checkpoint):
     assert all(
         torch.equal(net.state_dict()[name], tensor) for name, tensor in load_checkpoint(checkpoint)["model"].items()
     )
+
+
+def test_mirrored_averages_probabilities(pixels):
+    torch.manual_seed(0)
+    net = Net().eval()
+    images = make_normalization((0.5,) * 3, (0.25,) * 3)(images=pixels[None])["images"]
+    with torch.no_grad():
+        expected = (net(images).exp() + net(images.flip(3)).exp()) / 2
+        torch.testing.assert_close(Mirrored(net)(images).exp(), expected)
+        torch.testing.assert_close(Mirrored(net)(images), Mirrored(net)(images.flip(3)))

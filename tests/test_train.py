@@ -89,6 +89,16 @@ def test_held_out_images_choose_and_the_test_images_are_used_once(s8, capsys, mo
     assert capsys.readouterr().out.strip() in out
 
 
+def test_mirrored_accuracy_is_printed_beside_the_other(s8, capsys):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    assert s8("--evaluate", "run/last.pt") == 0
+    plain = capsys.readouterr().out.splitlines()[-1]
+    assert s8("--evaluate", "run/last.pt", "--tta") == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == plain
+    assert re.fullmatch(r"Mirrored Test Loss: \d+\.\d{4}, Mirrored Test Acc: \d+\.\d{4}", second)
+
+
 def test_default_run_dir_is_a_new_dated_one(s8, tmp_path):
     assert s8("--epochs", "1") == 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", os.listdir(tmp_path / "runs")[0])
