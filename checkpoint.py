@@ -142,8 +142,11 @@ def read_last(run_dir: str) -> dict | None:
     return load_checkpoint(last) if last.exists() else None
 
 
-def describe_progress(run_dir: str, resumable: bool) -> str:
-    """Return what is saved of a run that ended early, and the command that continues it if that makes sense."""
+def describe_progress(run_dir: str, resumable: bool, launcher: str) -> str:
+    """Return what is saved of a run that ended early, and the command that continues it if that makes sense.
+
+    launcher: what comes before train.py in that command.
+    """
     if not Path(run_dir, CONFIG).exists():
         return "nothing was written"
     try:
@@ -151,7 +154,7 @@ def describe_progress(run_dir: str, resumable: bool) -> str:
     except RunError as error:
         return str(error)
     saved = f"epoch {last['epoch']} is saved" if last else "no epoch is finished yet"
-    return f"{saved}; to continue: python train.py --resume {shlex.quote(run_dir)}" if resumable else saved
+    return f"{saved}; to continue: {launcher} train.py --resume {shlex.quote(run_dir)}" if resumable else saved
 
 
 # --- checkpoints --------------------------------------------------------------------------------------

@@ -153,6 +153,8 @@ class AugmentedBatches(Dataset):
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, indices = key
+        if not len(indices):  # of several processes, this one has no part in a small last batch
+            return torch.empty(0, 3, *self.images.shape[1:3]), self.labels[indices]
         return self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
 
     def augment(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
@@ -173,11 +175,13 @@ class AugmentedBatches(Dataset):
 class EpochBatches(Sampler):
     """The keys of an epoch's batches, (epoch, indices): a permutation that follows from seed and epoch.
 
-    Call set_epoch before each epoch. The last batch has what is left.
+    Call set_epoch before each epoch. The last batch has what is left. Of `world_size` processes, number
+    `rank` gets its part of each batch, which may be none of the last.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int):
+    def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
         self.count, self.batch_size, self.seed, self.epoch = count, batch_size, seed, 0
+        self.rank, self.world_size = rank, world_size
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -190,25 +194,29 @@ class EpochBatches(Sampler):
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 1, 0, self.epoch]))
         order = generator.permutation(self.count)
         for start in range(0, self.count, self.batch_size):
-            yield self.epoch, order[start : start + self.batch_size]
+            yield self.epoch, order[start : start + self.batch_size][self.rank :: self.world_size]
 
 
 class FixedBatches:
     """Batches of normalized images in their own order: what validation iterates over.
 
     Each is (images (N, 3, H, W) float32, labels (N,) int64). Nothing here is random, so it needs no worker.
+    Of `world_size` processes, number `rank` gets its part of each batch, if it has one of a small last batch.
     """
 
-    def __init__(self, split: Split, normalization: A.Compose, batch_size: int):
+    def __init__(self, split: Split, normalization: A.Compose, batch_size: int, rank: int = 0, world_size: int = 1):
         self.split, self.normalization, self.batch_size = split, normalization, batch_size
+        self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
         return -(-len(self.split.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for start in range(0, len(self.split.labels), self.batch_size):
-            images, labels = (array[start : start + self.batch_size] for array in self.split)
-            yield self.normalization(images=images)["images"], torch.from_numpy(labels)
+            batch = (array[start : start + self.batch_size] for array in self.split)
+            images, labels = (array[self.rank :: self.world_size] for array in batch)
+            if len(labels):
+                yield self.normalization(images=images)["images"], torch.from_numpy(labels)
 
 
 def _start_worker(worker: int) -> None:

@@ -5,6 +5,7 @@ import signal
 if __name__ == "__main__":  # until run() takes over: Ctrl-C during the slow imports ends without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import contextlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -49,6 +51,18 @@ from dataset import (
 from model import Net, print_summary
 from optimizer import make_optimizers, schedule_factor
 from predict import Mirrored, load_network, predict
+from processes import (
+    first_rank_first,
+    first_to_fail,
+    launcher,
+    on_first_rank,
+    process_group,
+    rank,
+    share_statistics,
+    sum_gradients,
+    sum_over_processes,
+    world_size,
+)
 from sources import DataError, load_source
 from utils import (
     DTYPES,
@@ -77,12 +91,19 @@ def train_step(
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step on a batch, its layers computed in dtype; return (mean loss, log_probs (N, num_classes))."""
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    """Take one step on a batch, of which each process has a part, its layers computed in dtype.
+
+    Return (sum of the losses, log_probs (N, num_classes)), both of this process's images.
+    """
+    # A process that a small last batch leaves without an image computes in float32: SyncBatchNorm sends its zeros
+    # in the layer's type, where the others send and expect float32.
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32 and len(images) > 0):
         log_probs = net(images)
-        loss = F.nll_loss(log_probs, labels)
+        loss = F.nll_loss(log_probs, labels, reduction="sum")
+    count = sum_over_processes(torch.full((), len(labels), device=loss.device))
     net.zero_grad()
-    scaler.scale(loss).backward()
+    scaler.scale(loss / count).backward()
+    sum_gradients(net)
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -113,7 +134,7 @@ def train_one_epoch(
             group["lr"] = factor * group["initial_lr"]
         loss, log_probs = train_step(net, images, labels, optimizers, scaler, dtype)
         meter.update(loss, log_probs, labels)
-    return meter.result()
+    return meter.total()
 
 
 @torch.inference_mode()
@@ -127,8 +148,8 @@ def validate(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             log_probs = net(images)
-        meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
-    return meter.result()
+        meter.update(F.nll_loss(log_probs, labels, reduction="sum"), log_probs, labels)
+    return meter.total()
 
 
 class Data(NamedTuple):
@@ -143,7 +164,7 @@ class Data(NamedTuple):
 
 
 def load_data(config: Config, num_workers: int) -> Data:
-    """Load the config's dataset, split it, and set up its pipelines. Raises DataError."""
+    """Load the config's dataset, split it, and set up its pipelines, this process's part of them. Raises DataError."""
     source = load_source(config.dataset, config.data_dir)
     train, valid = source.train, source.test
     if config.valid_split > 0:
@@ -163,12 +184,12 @@ def load_data(config: Config, num_workers: int) -> Data:
     return Data(
         make_loader(
             AugmentedBatches(train, augmentation, normalization, config.seed),
-            EpochBatches(len(train.labels), config.batch_size, config.seed),
+            EpochBatches(len(train.labels), config.batch_size, config.seed, rank(), world_size()),
             num_workers,
             pin_memory=config.device.startswith("cuda"),
         ),
-        FixedBatches(valid, normalization, config.batch_size),
-        FixedBatches(source.test, normalization, config.batch_size),
+        FixedBatches(valid, normalization, config.batch_size, rank(), world_size()),
+        FixedBatches(source.test, normalization, config.batch_size, rank(), world_size()),
         source.class_names,
         mean,
         std,
@@ -191,18 +212,23 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     precision = choose_precision(config.precision, device)
     num_workers = choose_workers(config.num_workers, device)
     make_deterministic(config.deterministic)
-    config = replace(config, device=str(device), precision=precision, run_dir=config.run_dir or new_run_dir())
+    run_dir = config.run_dir or on_first_rank(new_run_dir)
+    config = replace(config, device=str(device), precision=precision, run_dir=run_dir)
     if not resume:
-        refuse_second_use(config.run_dir)  # before a download, which can take minutes
-    data = load_data(config, num_workers)
+        on_first_rank(refuse_second_use, config.run_dir)  # before a download, which can take minutes
+    with first_rank_first():
+        data = load_data(config, num_workers)
     seed_torch(config.seed, epoch=0)
     net = Net(num_classes=len(data.class_names), dropout=config.dropout)
+    net.load_state_dict(on_first_rank(net.state_dict))  # another kind of machine might have drawn others
     compiled = compile_network(net.to(device, memory_format=torch.channels_last), config.compile)
-    with open_run_dir(config.run_dir, resume):
+    with open_run_dir(config.run_dir, resume) if rank() == 0 else contextlib.nullcontext():
         print_summary(net)
+        share_statistics(net, device)
         where = f"{describe_device(device)}, precision {precision}, {num_workers} workers"
-        print(f"Device: {where}. Run: {config.run_dir}", flush=True)
-        checkpoint = read_last(config.run_dir) if resume else None
+        processes = f", {world_size()} processes" if world_size() > 1 else ""
+        print(f"Device: {where}{processes}. Run: {config.run_dir}", flush=True)
+        checkpoint = on_first_rank(read_last, config.run_dir) if resume else None
         fit(config, data, net, compiled, device, checkpoint, report)
         finish(config, data, net, device, report)
 
@@ -236,15 +262,18 @@ def fit(
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         scaler.load_state_dict(checkpoint["scaler"])
-        follow_last(run_dir, checkpoint)
+        on_first_rank(follow_last, run_dir, checkpoint)
         rows = checkpoint["metrics"]
         print(f"Continuing after epoch {len(rows)}")
-    write_config(run_dir, asdict(config))
+        before = checkpoint.get("processes", 1)
+        if before != world_size():
+            print(f"Note: processes: {before} before, {world_size()} now: no longer bit for bit the undisturbed run")
+    on_first_rank(write_config, run_dir, asdict(config))
 
     for epoch in range(len(rows) + 1, config.epochs + 1):
         title = f"Epoch {epoch}/{config.epochs}"
         factors = epoch_factors(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
-        seed_torch(config.seed, epoch)
+        seed_torch(config.seed, epoch, rank())
         data.train.sampler.set_epoch(epoch)
         train = train_one_epoch(compiled, data.train, optimizers, scaler, factors, device, dtype, f"{title} - Training")
         valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
@@ -254,13 +283,15 @@ def fit(
         row = {"epoch": epoch, "learning_rate": factors[-1] * config.learning_rate}
         row |= {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
         rows.append(row)
-        write_epoch(
+        on_first_rank(
+            write_epoch,
             run_dir,
             {
                 "config": asdict(config),
                 "class_names": list(data.class_names),
                 "mean": data.mean,
                 "std": data.std,
+                "processes": world_size(),
                 "epoch": epoch,
                 "metrics": rows,
                 "model": net.state_dict(),
@@ -269,7 +300,7 @@ def fit(
             },
         )
 
-        if report:
+        if report and rank() == 0:
             from report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
 
             save_figure(plot_curves(rows), run_dir / CURVES)
@@ -281,17 +312,18 @@ def finish(config: Config, data: Data, net: nn.Module, device: torch.device, rep
     The pictures are those of the network that was tested; without held-out images, of the last epoch's.
     """
     dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
-    checkpoint = load_checkpoint(run_dir / (BEST if config.valid_split > 0 else LAST))
+    checkpoint = on_first_rank(load_checkpoint, run_dir / (BEST if config.valid_split > 0 else LAST))
     best = best_row(checkpoint["metrics"])
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
     load_weights(net, checkpoint)
     if config.valid_split > 0:
         test = validate(net, data.test, device, dtype, "Test")
         print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
-    if report:
+    if report and rank() == 0:
         from report import write_report
 
-        write_report(run_dir, net, checkpoint, data.train.dataset, data.test, device, dtype)
+        test_batches = FixedBatches(data.test.split, data.test.normalization, config.batch_size)
+        write_report(run_dir, net, checkpoint, data.train.dataset, test_batches, device, dtype)
 
 
 def resume(run_dir: str, given: dict, report: bool) -> None:
@@ -299,9 +331,9 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
 
     Raises UsageError or RunError.
     """
-    saved = read_config(read_settings(run_dir), run_dir)
+    saved = read_config(on_first_rank(read_settings, run_dir), run_dir)
     config = replace(saved, run_dir=run_dir, **given)
-    last = read_last(run_dir)
+    last = on_first_rank(read_last, run_dir)
     if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
         raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
     if last and config.epochs < last["epoch"]:
@@ -325,23 +357,26 @@ def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> No
     report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
     images is printed too.
     """
-    net, checkpoint = load_network(path)
+    net, checkpoint = on_first_rank(load_network, path)
     config = replace(read_config(checkpoint["config"], path), **{"device": device, **given})
     device = choose_device(config.device)
     dtype = DTYPES[choose_precision(config.precision, device)]
-    data = load_data(config, num_workers=0)
+    with first_rank_first():
+        data = load_data(config, num_workers=0)
     if list(data.class_names) != checkpoint["class_names"]:
         raise RunError(f"checkpoint {path} was trained on other classes than those of the images")
     net.to(device)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    batches = FixedBatches(data.test.split, normalization, config.batch_size)
+    split = data.test.split
+    batches = FixedBatches(split, normalization, config.batch_size, rank(), world_size())
     networks = {"Test": net} | ({"Mirrored Test": Mirrored(net)} if tta else {})
     for title, network in networks.items():
         test = validate(network, batches, device, dtype, title)
         print(f"{title} Loss: {test['loss']:.4f}, {title} Acc: {test['accuracy']:.4f}")
-    if report:
+    if report and rank() == 0:
         from report import PAGE, write_report
 
+        batches = FixedBatches(split, normalization, config.batch_size)
         write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
         print(f"A report with pictures is in {Path(path).parent / PAGE}")
 
@@ -369,18 +404,24 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
     if isinstance(error, BrokenPipeError):
         return 1, "stopped: nobody reads the output any more"
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
+        return 1, "stopped: another process of the run died or does not answer"
     worker_died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
     if worker_died or isinstance(error, (ConnectionError, EOFError)):  # the latter, while its batch is received
         return 1, f"stopped: a process that augments images died ({text or 'its batch broke off'})"
     return None
 
 
+@process_group()
 def run() -> None:
-    """Do what the command line asks; an end before time is one line on stderr and an exit code that is not 0."""
+    """Do what the command line asks; an end before time is one line on stderr and an exit code that is not 0.
+
+    One line in all, if several processes share the run.
+    """
     arguments = parse_args()
-    stop_on_signals()
     config = arguments.config
-    run_dir = config.run_dir or new_run_dir() if arguments.resume is None else arguments.resume
+    run_dir = config.run_dir or on_first_rank(new_run_dir) if arguments.resume is None else arguments.resume
+    stop_on_signals()
     try:
         if arguments.predict:
             return print_predictions(arguments.evaluate, arguments.predict)
@@ -391,6 +432,8 @@ def run() -> None:
         return main(replace(config, run_dir=run_dir), report=arguments.report)
     except BaseException as error:
         ignore_signals()
+        if not first_to_fail():
+            sys.exit(1)
         failure = describe_failure(error)
         if failure is None:
             raise
@@ -398,8 +441,8 @@ def run() -> None:
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
     code, message = failure
     if code != 2 and arguments.evaluate is None:
-        message += f"; {describe_progress(run_dir, resumable)}"
-    print(f"train.py: {message}", file=sys.stderr)
+        message += f"; {describe_progress(run_dir, resumable, launcher())}"
+    print(f"train.py: {message}\n", end="", file=sys.stderr)  # one piece: torchrun writes there too
     sys.exit(code)
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from processes import local_rank, sum_over_processes, world_size
+
 # --- device and precision -----------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,11 +26,16 @@ class UsageError(Exception):
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is CUDA, else another accelerator that torch reports, else the CPU.
 
+    Of several processes each gets its own CUDA device, under the name "cuda" all the same.
     Raises UsageError for a device that is not there.
     """
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if world_size() > 1 and name not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not for {world_size()} processes: give --device cuda, one each, or cpu")
     try:
+        if world_size() > 1 and name == "cuda":
+            torch.cuda.set_device(local_rank())
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -68,11 +75,12 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
     """Return how many processes augment; -1 finds out what pays off.
 
     On the CPU they take from the training what they give: none on two cores, one on more. Beside an
-    accelerator the cores are free: up to eight.
+    accelerator the cores are free: up to eight. Training processes on one machine divide its cores.
     """
     if num_workers >= 0:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(cores > 2) if device.type == "cpu" else max(1, min(8, cores - 1))
 
 
@@ -99,9 +107,9 @@ def make_deterministic(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def seed_torch(seed: int, epoch: int) -> None:
-    """Set torch's generators for this epoch, so that they never have to be saved to continue a run."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]))
+def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
+    """Set torch's generators for this epoch and process, so that they never have to be saved to continue a run."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
 
 
 # --- metrics ------------------------------------------------------------------------------------------
@@ -120,34 +128,40 @@ class Meter:
 
     def __init__(self, description: str, steps: int, device: torch.device):
         self.description = description
-        self.losses = torch.zeros(steps, device=device)  # mean of each batch
+        self.losses = torch.zeros(steps, device=device)  # sum of each batch
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.sizes = []
+        self.count = torch.zeros((), dtype=torch.int64)
+        self.step = 0
 
     def update(self, loss: torch.Tensor, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: its mean loss, log_probs (N, num_classes), labels (N,)."""
-        self.losses[len(self.sizes)] = loss.detach()
+        """Add a batch: the sum of its losses, log_probs (N, num_classes), labels (N,)."""
+        self.losses[self.step] = loss.detach()
         self.correct += (log_probs.argmax(dim=1) == labels).sum()
-        self.sizes.append(len(labels))
+        self.count += len(labels)
+        self.step += 1
 
     def result(self) -> dict[str, float]:
         """Return {"loss", "accuracy" in percent}; raise NonFiniteLoss if the loss of any batch is not finite."""
-        losses = self.losses[: len(self.sizes)].cpu().double()
+        losses = self.losses.cpu().double()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
             raise NonFiniteLoss(f"{self.description}: the loss is {losses[first]} at step {first + 1}", first + 1)
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        return {
-            "loss": ((losses * sizes).sum() / sizes.sum()).item(),
-            "accuracy": 100 * self.correct.item() / sum(self.sizes),
-        }
+        count = max(self.count.item(), 1)  # the images may be fewer than the processes
+        return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
+
+    def total(self) -> dict[str, float]:
+        """Return the result over the images of all processes, or raise NonFiniteLoss, in all of them alike."""
+        for part in (self.losses, self.correct, self.count):
+            sum_over_processes(part)
+        return self.result()
 
 
 def with_progress(batches: Iterable, meter: Meter) -> Iterator:
     """Yield the batches under a tqdm bar that shows the meter's result, fetched four times a second at most.
 
     Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss
-    that is not finite is found early.
+    that is not finite is found early. The result is that of this process alone: when it is looked at
+    depends on the clock, so nobody may have to wait for it.
     """
     shown = sys.stderr.isatty() or "ipykernel" in sys.modules
     with tqdm(total=len(batches), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:

@@ -186,7 +186,7 @@ def run_script(code, *argv, watch=lambda pid: None):
         script.write_text(code)
         begin = time.perf_counter()
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        argv = [*prefix, script, *argv, *(("--run-dir", Path(folder, "run")) if argv else ())]
+        argv = [*prefix, script, *argv, *(("--no-report", "--run-dir", Path(folder, "run")) if argv else ())]
         process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             watch(process.pid)
@@ -230,6 +230,51 @@ def start_and_memory(options, device, precision):
         code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.run()"
         run_script(code, *argv, watch=watch)
         yield "memory, with workers", f"{peak / 1024:.2f} GiB", "", ""
+
+
+# A run that trains on some of the images, and prints each epoch's seconds of training.
+TIMED_EPOCHS = """
+import time, train
+from dataset import Source, Split
+
+def load_some(*args, load=train.load_source):
+    source = load(*args)
+    return Source(Split(*(array[:IMAGES] for array in source.train)), source.test, source.class_names)
+
+def train_one_epoch(*args, train_one_epoch=train.train_one_epoch):
+    begin = time.perf_counter()
+    result = train_one_epoch(*args)
+    print("seconds", time.perf_counter() - begin, flush=True)
+    return result
+
+train.load_source, train.train_one_epoch = load_some, train_one_epoch
+train.validate = lambda *args: {"loss": 0.0, "accuracy": 0.0}
+train.run()
+"""
+
+
+def epoch_seconds(processes, options):
+    """Run three epochs on the CPU in processes of one thread each; return the seconds of the last two."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(TIMED_EPOCHS.replace("IMAGES", str(options.images)))
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python")
+        prefix = sys.orig_argv[: sys.orig_argv.index("-m")]
+        argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--device", "cpu", "--num-workers", "0")
+        argv = (*argv, "--precision", "float32", "--epochs", "3", "--no-report", "--run-dir", Path(folder, "run"))
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        argv = [sys.executable, *torchrun, *prefix, script, *argv]
+        out = subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [float(line.split()[1]) for line in out.splitlines() if line.startswith("seconds")][1:]
+
+
+def two_processes(options):
+    """The row on two processes that share a run, against one; each has one thread."""
+    rounds = [(epoch_seconds(1, options), epoch_seconds(2, options)) for _ in range(3)]
+    one, two = (list(itertools.chain(*part)) for part in zip(*rounds, strict=True))
+    ratio = statistics.median(one) / statistics.median(two)
+    name = "2 processes, images/s"
+    yield name, rate(options.images, two), f"1 process: {rate(options.images, one)}", f"{ratio:.2f}x"
 
 
 def rate(count, seconds):
@@ -276,6 +321,7 @@ def main():
     rows = [
         throughput(split, device, DTYPES[precision], options.rounds),
         start_and_memory(options, str(device), precision),
+        two_processes(options),
     ]
     for name, here, plain, ratio in itertools.chain(*rows):
         print(ROW.format(name, here, plain, ratio), flush=True)
