@@ -1,5 +1,6 @@
 """What the training loop needs and nobody wants to read first: device, precision, meter, bars, signals."""
 
+import builtins
 import os
 import platform
 import shutil
@@ -163,7 +164,7 @@ def with_progress(batches: Iterable, meter: Meter) -> Iterator:
     that is not finite is found early. The result is that of this process alone: when it is looked at
     depends on the clock, so nobody may have to wait for it.
     """
-    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     with tqdm(total=len(batches), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
         looked = time.monotonic()
         for batch in batches:

@@ -1,5 +1,8 @@
+import os
 import signal
 import sys
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for each core
 
 import numpy as np
 import pytest
