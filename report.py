@@ -109,7 +109,7 @@ def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, c
     rows = max(1, math.ceil(len(chosen) / 5))
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
     figure.suptitle(
-        f"Mistakes: {len(wrong)} in {len(labels)} images; the most confident first, "
+        f"Mistakes: {len(wrong):,} in {len(labels):,} images; the most confident first, "
         "each beside what spoke for it (Grad-CAM)"
     )
     grid = figure.subplots(rows, 10, squeeze=False)
