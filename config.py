@@ -34,7 +34,7 @@ class Config:
     schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # look ahead by one momentum step
-    weight_decay: float = 5e-4  # of convolution weights; biases and BatchNorm are spared
+    weight_decay: float = 5e-4  # of the convolution weights that SGD moves
     dropout: float = 0.0  # probability of zeroing a channel
 
     seed: int = 0  # the same seed gives the same run

@@ -31,12 +31,10 @@ def local_rank() -> int:
 
 
 def launcher() -> str:
-    """Return what to start train.py with, to have as many processes again."""
+    """Return what to start train.py with, to have as many processes again; of several machines, in short."""
     if world_size() == 1:
         return "python"
-    machines, processes = os.environ["GROUP_WORLD_SIZE"], os.environ["LOCAL_WORLD_SIZE"]
-    several = f"--nnodes {machines} " if machines != "1" else ""
-    return f"torchrun {several}--nproc-per-node {processes}"
+    return f"torchrun --nproc-per-node {world_size()}" if os.environ["GROUP_WORLD_SIZE"] == "1" else "torchrun ..."
 
 
 @contextlib.contextmanager

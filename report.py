@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import write_atomically
+from checkpoint import read_last, write_atomically
 from dataset import AugmentedBatches, FixedBatches
 from predict import compute_log_probs
 
@@ -165,13 +165,17 @@ def write_report(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Write the pictures of a checkpoint and its network, and report.md, which shows them. Raises WriteError."""
+    """Write the pictures of a checkpoint and its network, and report.md, which shows them. Raises WriteError.
+
+    The curves are those of the whole run, if its last checkpoint is in the folder too.
+    """
+    rows = (read_last(folder) or checkpoint)["metrics"]
     class_names = checkpoint["class_names"]
     labels = torch.from_numpy(test.split.labels)
     log_probs = compute_log_probs(net, test, device, dtype)
     counts = count_confusions(labels, log_probs.argmax(dim=1), len(class_names))
     figures = {
-        CURVES: plot_curves(checkpoint["metrics"]),
+        CURVES: plot_curves(rows),
         CONFUSION: plot_confusions(counts, class_names),
         MISTAKES: plot_mistakes(net, test, log_probs, class_names),
         AUGMENTATIONS: plot_augmentations(train, class_names),

@@ -178,11 +178,12 @@ def resize_image(image: Image.Image) -> np.ndarray:
 
     Raises ValueError for pixels of no fixed range (modes "I" and "F").
     """
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return np.asarray(ImageOps.exif_transpose(image).convert("RGB").resize((32, 32)))
+    return np.asarray(image.convert("RGB").resize((32, 32)))
 
 
 # --- shapes -----------------------------------------------------------------------------------------

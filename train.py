@@ -229,8 +229,19 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
         processes = f", {world_size()} processes" if world_size() > 1 else ""
         print(f"Device: {where}{processes}. Run: {config.run_dir}", flush=True)
         checkpoint = on_first_rank(read_last, config.run_dir) if resume else None
+        if checkpoint:
+            check_images(data, checkpoint, config.data_dir)
         fit(config, data, net, compiled, device, checkpoint, report)
         finish(config, data, net, device, report)
+
+
+def check_images(data: Data, checkpoint: dict, data_dir: str) -> None:
+    """Raise RunError if the images are not those that the checkpoint's network was trained on."""
+    same_statistics = torch.allclose(
+        torch.tensor([data.mean, data.std]), torch.tensor([checkpoint["mean"], checkpoint["std"]])
+    )
+    if list(data.class_names) != checkpoint["class_names"] or not same_statistics:
+        raise RunError(f"the images in {data_dir} are not those that this run began with: give --data-dir")
 
 
 def fit(

@@ -235,7 +235,7 @@ def start_and_memory(options, device, precision):
 # A run that trains on some of the images, and prints each epoch's seconds of training.
 TIMED_EPOCHS = """
 import time, train
-from dataset import Source, Split
+from sources import Source, Split
 
 def load_some(*args, load=train.load_source):
     source = load(*args)

@@ -49,7 +49,9 @@ def s8(monkeypatch, tmp_path):
 
     def run(*argv, report=False):
         new = not {"--evaluate", "--resume", "--predict"} & {*argv}
-        flags = ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0") if new else ()
+        flags = ("--device", "cpu") if "--predict" not in argv else ()
+        if new:
+            flags += ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0", "--precision", "float32")
         if not report:
             flags += ("--no-report",)  # pictures take seconds
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])

@@ -61,6 +61,18 @@ def test_curves_are_drawn_after_each_epoch(s8, monkeypatch):
     assert drawn == [1, 2, 3]
 
 
+def test_report_on_the_best_epoch_shows_the_curves_of_all(s8, monkeypatch):
+    drawn = []
+    plot_curves = report.plot_curves
+    monkeypatch.setattr(report, "plot_curves", lambda rows: drawn.append(len(rows)) or plot_curves(rows))
+    monkeypatch.setattr(report, "plot_mistakes", lambda *args: report.Figure())
+    monkeypatch.setattr("checkpoint.best_row", lambda rows: rows[0])
+    assert s8("--epochs", "2", "--valid-split", "0.2", "--run-dir", "run", report=True) == 0
+    assert load_checkpoint("run/best.pt")["epoch"] == 1
+    assert s8("--evaluate", "run/best.pt", report=True) == 0
+    assert drawn == [1, 2, 2, 2]
+
+
 def test_curves_show_both_splits():
     names = ("train_loss", "valid_loss", "train_accuracy", "valid_accuracy", "learning_rate")
     rows = [{"epoch": epoch, **{name: epoch + k / 10 for k, name in enumerate(names)}} for epoch in (1, 2, 3)]

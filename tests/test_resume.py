@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import sources
 import train
 from checkpoint import load_checkpoint, save_checkpoint
 from model import BlockSpec, Net
-from tests.conftest import equal, outcome
+from tests.conftest import equal, few_shapes, outcome
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +52,7 @@ def throw(error):
 
 
 NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
+NEW += ("--device", "cpu", "--precision", "float32")
 
 
 def test_killed_again_and_again_it_is_the_same_run(tmp_path):
@@ -191,6 +193,19 @@ def test_run_that_cannot_be_resumed(s8, refusal, damage, words):
     assert s8("--resume", "run") == 2
     assert words in refusal()
     assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+
+
+@pytest.mark.parametrize("change", ["names", "pixels"])
+def test_other_images_are_refused(s8, refusal, monkeypatch, change):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    train_split, test_split, names = few_shapes()
+    if change == "names":
+        names = names[::-1]
+    else:
+        train_split = train_split._replace(images=train_split.images // 2)
+    monkeypatch.setattr(sources, "load_shapes", lambda data_dir: sources.Source(train_split, test_split, names))
+    assert s8("--resume", "run") == 2
+    assert "are not those that this run began with: give --data-dir" in refusal()
 
 
 def test_second_run_in_the_same_folder_is_refused(s8, refusal):

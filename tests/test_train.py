@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import sources
 import train
 import utils
-from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint
+from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint, save_weights
 from dataset import FixedBatches, make_normalization
 from model import BlockSpec, Net
 from optimizer import Muon, make_optimizers, schedule_factor
@@ -86,7 +86,9 @@ def test_held_out_images_choose_and_the_test_images_are_used_once(s8, capsys, mo
     ]
     out = capsys.readouterr().out
     assert s8("--evaluate", "run/best.pt") == 0
-    assert capsys.readouterr().out.strip() in out
+    evaluated = capsys.readouterr().out.strip()
+    assert evaluated.startswith("Test Loss: ")
+    assert evaluated in out
 
 
 def test_mirrored_accuracy_is_printed_beside_the_other(s8, capsys):
@@ -390,6 +392,16 @@ def checkpoint(tmp_path):
 
 def test_checkpoint_is_what_torch_reads_too(checkpoint):
     assert torch.load(checkpoint, weights_only=True).keys() == load_checkpoint(checkpoint).keys()
+
+
+def test_weights_alone_evaluate_as_the_whole_checkpoint(s8, capsys):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    save_weights(Path("weights.pt"), load_checkpoint("run/last.pt"))
+    assert Path("weights.pt").stat().st_size < 0.6 * Path("run/last.pt").stat().st_size
+    capsys.readouterr()
+    assert s8("--evaluate", "run/last.pt") == s8("--evaluate", "weights.pt") == 0
+    whole, alone = capsys.readouterr().out.splitlines()
+    assert whole == alone
 
 
 def test_flipped_bit_anywhere_is_found(checkpoint):
