@@ -27,34 +27,37 @@ def schedule_factor(schedule: str, progress: float, accuracies: list[float]) -> 
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon, which takes matrices only, for convolution weights: (O, I, h, w) is (O, I*h*w) to it.
+    """Muon for convolutions, whose weight (O, I, h, w) is taken as the matrix (O, I*h*w).
 
-    Muon makes the singular values of each step's matrix nearly equal, so that every direction in which the
-    layer can change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    Each step's matrix is replaced by a nearly orthogonal one, so that every direction in which the layer can
+    change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
+    for matrices, but computes in bfloat16 always: ten times slower on a CPU that has none.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], lr: float):
-        super().__init__(weights, {"lr": lr, "initial_lr": lr})
-        self.matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in weights]
-        self.muon = torch.optim.Muon(self.matrices, lr, weight_decay=0.0)
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(weights, {"lr": lr, "initial_lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Take a step; the weights may have been loaded or moved since the last one."""
-        (group,) = self.param_groups
-        for matrix, weight in zip(self.matrices, group["params"], strict=True):
-            matrix.copy_(weight.flatten(1))
-            matrix.grad = weight.grad.flatten(1)
-        self.muon.param_groups[0]["lr"] = group["lr"]
-        self.muon.step()
-        for matrix, weight in zip(self.matrices, group["params"], strict=True):
-            weight.copy_(matrix.view_as(weight))
+        """Move each weight against its gradient, averaged over the steps with Nesterov's look ahead."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
+                height, width = update.shape
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, height / width) ** 0.5)
 
-    def state_dict(self) -> dict:
-        return self.muon.state_dict()
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        self.muon.load_state_dict(state_dict)
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix with all its singular values brought near 1: five steps of Jordan's Newton-Schulz iteration."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
 
 
 def make_optimizers(

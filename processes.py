@@ -167,15 +167,17 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, var, count = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = grad, torch.zeros_like(weight), torch.zeros_like(weight)
+        grad_weight = grad_bias = torch.zeros_like(weight)
         if len(x):  # the function below crashes without an image
-            grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-                grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+            _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+                grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
             )
-        # That was for a constant mean and variance. Each x moves them too, and with them everybody's output.
+        # Each x also moves the mean and the variance, and with them everybody's output.
         by_var, by_mean = sum_over_processes(torch.stack([grad_weight, grad_bias])) / count
         inverse_std = torch.rsqrt(var + ctx.eps)
-        slope = -weight * inverse_std**2 * by_var
-        shift = -weight * inverse_std * by_mean - slope * mean
-        grad_x = grad_x.addcmul(x, slope[:, None, None].to(x.dtype)).add_(shift[:, None, None])
+        scale = weight * inverse_std
+        slope = -scale * inverse_std * by_var
+        shift = -scale * by_mean - slope * mean
+        scale, slope, shift = (values[:, None, None] for values in (scale, slope, shift))
+        grad_x = torch.addcmul(shift, x, slope).addcmul_(grad, scale).to(x.dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None
