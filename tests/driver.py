@@ -47,6 +47,7 @@ def kill_a_worker():
 
 
 def terminate_torchrun():
+    time.sleep(1)  # the other processes wait for this one by then, and fail after it: they must not speak
     os.kill(os.getppid(), signal.SIGTERM)
     time.sleep(60)  # until it passes the signal on
 
