@@ -76,6 +76,7 @@ from utils import (
     compile_network,
     describe_device,
     ignore_signals,
+    keep_freed_memory,
     make_deterministic,
     seed_torch,
     stop_on_signals,
@@ -433,6 +434,7 @@ def run() -> None:
     config = arguments.config
     run_dir = config.run_dir or on_first_rank(new_run_dir) if arguments.resume is None else arguments.resume
     stop_on_signals()
+    keep_freed_memory()
     try:
         if arguments.predict:
             return print_predictions(arguments.evaluate, arguments.predict)

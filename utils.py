@@ -1,6 +1,7 @@
 """What the training loop needs and nobody wants to read first: device, precision, meter, bars, signals."""
 
 import builtins
+import ctypes
 import os
 import platform
 import shutil
@@ -99,6 +100,17 @@ def compile_network(net: torch.nn.Module, compile: bool) -> torch.nn.Module:
             f"compile needs a C++ compiler, and there is no {compiler}: install it, or leave out --compile"
         )
     return torch.compile(net, dynamic=False)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep for the next step what this one frees: Linux, given it back, clears it anew page by page.
+
+    In float32 on a CPU that is a fifth of the time. Another C library is left as it is.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink
 
 
 def make_deterministic(deterministic: bool) -> None:

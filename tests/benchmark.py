@@ -4,13 +4,16 @@ python -m tests.benchmark [--dataset cifar10 | shapes] [--data-dir DIR] [--devic
                           [--rounds 7] [--images 1280]
 
 The plain loop: per image PIL -> numpy -> the five transforms -> float32 tensor; a default DataLoader with
-2 workers; float32; contiguous tensors; `.item()` at every step. Everything is measured in one run, in turn,
-so that what else the machine does strikes all alike; a figure is the median over the rounds, with their spread.
+2 workers; float32; contiguous tensors; `.item()` at every step; in a process of its own, because train.py changes
+settings of its process. Everything is measured in one run, in turn, so that what else the machine does strikes
+all alike; a figure is the median over the rounds, with their spread.
 Augmentation has the specification's probabilities (0.3) on both sides.
 """
 
 import argparse
+import functools
 import itertools
+import multiprocessing
 import operator
 import os
 import platform
@@ -19,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import albumentations as A
 import numpy as np
@@ -41,7 +46,14 @@ from model import Net
 from optimizer import make_optimizers
 from sources import Split, load_source
 from train import train_one_epoch, train_step, validate
-from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
+from utils import (
+    DTYPES,
+    choose_device,
+    choose_precision,
+    choose_workers,
+    describe_device,
+    keep_freed_memory,
+)
 
 ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 128
@@ -106,14 +118,14 @@ def seconds(function, device):
     return time.perf_counter() - begin
 
 
-def interleave(functions, rounds, device):
-    """Call each function once to warm up, then all in turn; return the seconds of each call, a list per function."""
-    for function in functions.values():
+def interleave(timed, rounds):
+    """Call each function once to warm up, then all in turn; return the seconds that each returned, a list for each."""
+    for function in timed.values():
         function()
-    times = {name: [] for name in functions}
+    times = {name: [] for name in timed}
     for _ in range(rounds):
-        for name, function in functions.items():
-            times[name].append(seconds(function, device))
+        for name, function in timed.items():
+            times[name].append(function())
     return times
 
 
@@ -123,8 +135,35 @@ def one_epoch(batches):
         pass
 
 
-def make_functions(split, device, dtype):
-    """What is measured: name -> function that handles every image of the split once."""
+def plain_functions(split, device):
+    """The plain loop: name -> function that handles every image of the split once."""
+    mean, std = channel_statistics(split.images)
+    images = PlainImages(split, mean, std, training=True)
+    loader = DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=2)
+    pipeline = DataLoader(images, BATCH_SIZE, shuffle=True)
+    test_loader = DataLoader(PlainImages(split, mean, std, training=False), BATCH_SIZE, num_workers=2)
+    net = Net().to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    return {
+        "training": lambda: plain_train(net, loader, optimizer, device),
+        "validation": lambda: plain_validate(net, test_loader, device),
+        "input pipeline": lambda: one_epoch(pipeline),
+    }
+
+
+@functools.cache  # made at the first call in the process of the plain loop
+def plain_setup(options):
+    device = choose_device(options.device)
+    return plain_functions(load_split(options), device), device
+
+
+def plain_seconds(name, options):
+    functions, device = plain_setup(options)
+    return seconds(functions[name], device)
+
+
+def functions(split, device, dtype):
+    """This project's: name -> function that handles every image of the split once."""
     count = len(split.labels)
     mean, std = channel_statistics(split.images)
     normalization = make_normalization(mean, std)
@@ -144,13 +183,7 @@ def make_functions(split, device, dtype):
     loader = make_loader(augmented, keys, choose_workers(-1, device), pin)
     pipeline = make_loader(augmented, keys, 0, pin_memory=False)
     fixed = FixedBatches(split, normalization, BATCH_SIZE)
-    plain_images = PlainImages(split, mean, std, training=True)
-    plain_loader = DataLoader(plain_images, BATCH_SIZE, shuffle=True, num_workers=2)
-    plain_pipeline = DataLoader(plain_images, BATCH_SIZE, shuffle=True)
-    plain_test_loader = DataLoader(PlainImages(split, mean, std, training=False), BATCH_SIZE, num_workers=2)
-
-    plain_net, net = Net().to(device), Net().to(device, memory_format=torch.channels_last)
-    plain_optimizer = torch.optim.SGD(plain_net.parameters(), lr=0.01, momentum=0.9)
+    net = Net().to(device, memory_format=torch.channels_last)
     optimizers = make_optimizers(
         net, learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, muon_learning_rate=0.02
     )
@@ -164,12 +197,9 @@ def make_functions(split, device, dtype):
 
     factors = [1.0] * len(keys)
     return {
-        "training, plain": lambda: plain_train(plain_net, plain_loader, plain_optimizer, device),
         "training": lambda: train_one_epoch(net, loader, optimizers, scaler, factors, device, dtype),
         "bare steps": bare_steps,
-        "validation, plain": lambda: plain_validate(plain_net, plain_test_loader, device),
         "validation": lambda: validate(net, fixed, device, dtype),
-        "input pipeline, plain": lambda: one_epoch(plain_pipeline),
         "input pipeline": lambda: one_epoch(pipeline),
     }
 
@@ -207,9 +237,10 @@ def proportional_memory(pid):
     return own + sum(map(proportional_memory, children))
 
 
-def start_and_memory(options, device, precision):
+def start_and_memory(options):
     """Rows on the start of a run, and on the memory of its first seconds of training."""
-    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--device", device, "--precision", precision)
+    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir)
+    argv += ("--device", options.device, "--precision", options.precision)
     times = {"import torch": [], "from model import Net": [], "first step": []}
     for _ in range(3):
         times["import torch"].append(run_script("import torch"))
@@ -283,21 +314,38 @@ def rate(count, seconds):
     return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
 
 
-def throughput(split, device, dtype, rounds):
+def throughput(options, plain):
     """Rows on training, validation and the input pipeline: ours, plain, and the median of their ratios."""
-    count = len(split.labels)
-    times = interleave(make_functions(split, device, dtype), rounds, device)
+    device, dtype = choose_device(options.device), DTYPES[options.precision]
+    timed = {}
+    for name, function in functions(load_split(options), device, dtype).items():
+        if name != "bare steps":
+            timed[f"{name}, plain"] = lambda name=name: plain.submit(plain_seconds, name, options).result()
+        timed[name] = lambda function=function: seconds(function, device)
+    times = interleave(timed, options.rounds)
     for name in ("training", "validation", "input pipeline"):
-        plain = times[f"{name}, plain"]
-        ratio = statistics.median(map(operator.truediv, plain, times[name]))
-        yield f"{name}, images/s", rate(count, times[name]), f"plain: {rate(count, plain)}", f"{ratio:.2f}x"
+        plain_times = times[f"{name}, plain"]
+        ratio = statistics.median(map(operator.truediv, plain_times, times[name]))
+        ours, theirs = rate(options.images, times[name]), rate(options.images, plain_times)
+        yield f"{name}, images/s", ours, f"plain: {theirs}", f"{ratio:.2f}x"
     overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
-    yield (
-        "loop overhead (time), images/s",
-        rate(count, times["training"]),
-        f"bare steps: {rate(count, times['bare steps'])}",
-        f"{overhead:.2f}x",
-    )
+    ours, bare = rate(options.images, times["training"]), rate(options.images, times["bare steps"])
+    yield "loop overhead (time), images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
+
+
+class Options(NamedTuple):
+    dataset: str
+    data_dir: str
+    device: str
+    precision: str
+    rounds: int
+    images: int
+
+
+def load_split(options):
+    """The first of the training images."""
+    split = load_source(options.dataset, options.data_dir).train
+    return Split(*(array[: options.images] for array in split))
 
 
 def main():
@@ -308,23 +356,19 @@ def main():
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--images", type=int, default=1152, help="a multiple of 128 (default: 1152)")
-    options = parser.parse_args()
-    device = choose_device(options.device)
-    precision = choose_precision(options.precision, device)
-    split = load_source(options.dataset, options.data_dir).train
-    split = Split(*(array[: options.images] for array in split))
-    print(
-        f"{describe_device(device)}, {platform.machine()}, {precision}, torch {torch.__version__}, {options.dataset}\n"
-    )
-    print(ROW.format("", "here", "compared with", "ratio"))
-    print(ROW.format("", "", "", "").replace(" ", "-"))
-    rows = [
-        throughput(split, device, DTYPES[precision], options.rounds),
-        start_and_memory(options, str(device), precision),
-        two_processes(options),
-    ]
-    for name, here, plain, ratio in itertools.chain(*rows):
-        print(ROW.format(name, here, plain, ratio), flush=True)
+    options = Options(**vars(parser.parse_args()))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as plain:
+        plain.submit(os.getpid).result()  # forked here, before torch has threads or CUDA, or the memory is kept
+        keep_freed_memory()
+        device = choose_device(options.device)
+        options = options._replace(device=str(device), precision=choose_precision(options.precision, device))
+        print(describe_device(device), platform.machine(), options.precision, end=", ")
+        print(f"torch {torch.__version__}, {options.dataset}\n")
+        print(ROW.format("", "here", "compared with", "ratio"))
+        print(ROW.format("", "", "", "").replace(" ", "-"))
+        rows = throughput(options, plain), start_and_memory(options), two_processes(options)
+        for name, here, compared, ratio in itertools.chain(*rows):
+            print(ROW.format(name, here, compared, ratio), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
 import sys
 from pathlib import Path
@@ -364,6 +365,21 @@ def test_compile_trains_the_network_that_is_saved(s8, monkeypatch):
     compiled, plain = (load_checkpoint(f"{name}/last.pt") for name in ("compiled", "plain"))
     assert compiled["model"].keys() == plain["model"].keys()
     assert compiled["metrics"][0]["train_loss"] == pytest.approx(plain["metrics"][0]["train_loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_steps_fetch_no_new_memory(s8, monkeypatch):
+    resource = pytest.importorskip("resource")
+    faults = []
+    step = train.train_step
+
+    def counted_step(*args):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", counted_step)
+    assert s8("--epochs", "3", "--batch-size", "50") == 0
+    assert faults[-1] - faults[-3] < 4000  # pages; without it some 20,000
 
 
 def test_deterministic_asks_torch_for_it(s8):
