@@ -65,6 +65,8 @@ def open_run_dir(run_dir: str, resume: bool) -> IO:
         pass  # a filesystem without locks: the run matters more than the guard
     if not resume:
         refuse_second_use(run_dir)
+    for leftover in folder.glob("*.tmp"):  # of a run that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     return lock
 
 
@@ -73,7 +75,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises WriteError.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # --evaluate may report into a run's folder
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -83,7 +85,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise WriteError(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has its name by now, or cannot be removed
+            temporary.unlink()
     with contextlib.suppress(OSError):  # Windows and some filesystems cannot do this with a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -109,9 +109,9 @@ class Arguments(NamedTuple):
     tta: bool
 
 
-# What may be given beside --resume, --evaluate and --predict, which take the rest from the run or the checkpoint.
+# What may be given beside --resume, --evaluate and --predict; the rest follows from the run or the checkpoint.
 _GIVEN_WITH = {
-    "resume": {"epochs", "num_workers", "device", "data_dir"},
+    "resume": {"epochs", "num_workers", "device", "precision", "data_dir"},
     "evaluate": {"batch_size", "device", "precision", "data_dir"},
     "predict": set(),
 }
@@ -151,9 +151,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    mode.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    modes.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
@@ -173,7 +173,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     for mode, allowed in _GIVEN_WITH.items():
         for flag, name in given.items():
             if getattr(arguments, mode) is not None and name not in allowed:
-                parser.error(f"{flag} cannot be given with --{mode}, which takes it from what was saved")
+                parser.error(f"{flag} cannot be given with --{mode}")
     if arguments.tta and (arguments.evaluate is None or arguments.predict):
         parser.error("--tta goes with --evaluate PATH only")
     if arguments.predict:

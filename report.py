@@ -3,6 +3,7 @@
 Each function returns a matplotlib Figure, which has nothing to do with a screen; `write_report` writes them all.
 """
 
+import contextlib
 import io
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import read_last, write_atomically
+from checkpoint import RunError, read_last, write_atomically
 from dataset import AugmentedBatches, FixedBatches
 from predict import compute_log_probs
 
@@ -27,6 +28,7 @@ CURVES, CONFUSION, MISTAKES, AUGMENTATIONS = (
     "augmentations.png",
 )
 PAGE = "report.md"
+PANELS = {"loss": "Negative log-likelihood", "accuracy": "Correct (%)", "learning_rate": "At the end of the epoch"}
 
 
 def plot_curves(rows: Sequence[dict]) -> Figure:
@@ -47,9 +49,6 @@ def plot_curves(rows: Sequence[dict]) -> Figure:
         else:
             axes.legend()
     return figure
-
-
-PANELS = {"loss": "Negative log-likelihood", "accuracy": "Correct (%)", "learning_rate": "At the end of the epoch"}
 
 
 def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
@@ -169,7 +168,11 @@ def write_report(
 
     The curves are those of the whole run, if its last checkpoint is in the folder too.
     """
-    rows = (read_last(folder) or checkpoint)["metrics"]
+    rows = checkpoint["metrics"]
+    with contextlib.suppress(RunError):  # a damaged last.pt takes nothing from this checkpoint's report
+        last = read_last(folder)
+        rows = last["metrics"] if last and last["metrics"][: len(rows)] == rows else rows
+    test = FixedBatches(test.split, test.normalization, test.batch_size)  # all of them, whatever this process's part
     class_names = checkpoint["class_names"]
     labels = torch.from_numpy(test.split.labels)
     log_probs = compute_log_probs(net, test, device, dtype)

@@ -6,6 +6,7 @@ if __name__ == "__main__":  # until run() takes over: Ctrl-C during the slow imp
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
+import errno
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -237,7 +238,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
 
 
 def check_images(data: Data, checkpoint: dict, data_dir: str) -> None:
-    """Raise RunError if the images are not those that the checkpoint's network was trained on."""
+    """Raise RunError if the classes, or the training images' mean and deviation, are not those of the checkpoint."""
     same_statistics = torch.allclose(
         torch.tensor([data.mean, data.std]), torch.tensor([checkpoint["mean"], checkpoint["std"]])
     )
@@ -273,7 +274,8 @@ def fit(
         load_weights(net, checkpoint)  # first: it refuses another network's before anything is changed
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # none of another precision than float16
+            scaler.load_state_dict(checkpoint["scaler"])
         on_first_rank(follow_last, run_dir, checkpoint)
         rows = checkpoint["metrics"]
         print(f"Continuing after epoch {len(rows)}")
@@ -334,8 +336,7 @@ def finish(config: Config, data: Data, net: nn.Module, device: torch.device, rep
     if report and rank() == 0:
         from report import write_report
 
-        test_batches = FixedBatches(data.test.split, data.test.normalization, config.batch_size)
-        write_report(run_dir, net, checkpoint, data.train.dataset, test_batches, device, dtype)
+        write_report(run_dir, net, checkpoint, data.train.dataset, data.test, device, dtype)
 
 
 def resume(run_dir: str, given: dict, report: bool) -> None:
@@ -379,8 +380,7 @@ def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> No
         raise RunError(f"checkpoint {path} was trained on other classes than those of the images")
     net.to(device)
     normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    split = data.test.split
-    batches = FixedBatches(split, normalization, config.batch_size, rank(), world_size())
+    batches = FixedBatches(data.test.split, normalization, config.batch_size, rank(), world_size())
     networks = {"Test": net} | ({"Mirrored Test": Mirrored(net)} if tta else {})
     for title, network in networks.items():
         test = validate(network, batches, device, dtype, title)
@@ -388,7 +388,6 @@ def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> No
     if report and rank() == 0:
         from report import PAGE, write_report
 
-        batches = FixedBatches(split, normalization, config.batch_size)
         write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
         print(f"A report with pictures is in {Path(path).parent / PAGE}")
 
@@ -416,6 +415,8 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
     if isinstance(error, BrokenPipeError):
         return 1, "stopped: nobody reads the output any more"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return 1, "stopped: the output cannot be written, there is no space left"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
         return 1, "stopped: another process of the run died or does not answer"
     worker_died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")

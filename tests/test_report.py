@@ -1,5 +1,6 @@
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import report
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_weights
 from dataset import FixedBatches, make_normalization
 from model import Net
 from sources import draw_shapes
@@ -43,6 +44,22 @@ def test_run_ends_with_a_report_and_any_checkpoint_gets_one(s8, tmp_path, capsys
     assert "elsewhere/report.md" in capsys.readouterr().out
     assert {*os.listdir("elsewhere")} == {*PICTURES, "report.md", "last.pt"}
     assert (tmp_path / "elsewhere" / "report.md").read_text() == page
+
+
+def test_curves_are_of_the_checkpoints_own_run(s8, monkeypatch):
+    drawn = []
+    plot_curves = report.plot_curves
+    monkeypatch.setattr(report, "plot_curves", lambda rows: drawn.append(len(rows)) or plot_curves(rows))
+    for seed in "01":
+        assert s8("--epochs", "2", "--seed", seed, "--run-dir", seed) == 0
+    checkpoint = load_checkpoint("0/last.pt")
+    save_weights(Path("0/first.pt"), checkpoint | {"epoch": 1, "metrics": checkpoint["metrics"][:1]})
+    assert s8("--evaluate", "0/first.pt", report=True) == 0
+    os.replace("1/last.pt", "0/last.pt")
+    assert s8("--evaluate", "0/first.pt", report=True) == 0
+    Path("0/last.pt").write_bytes(b"damaged")
+    assert s8("--evaluate", "0/first.pt", report=True) == 0
+    assert drawn == [2, 1, 1]
 
 
 def test_without_report_there_is_none_and_matplotlib_stays_away(s8, monkeypatch):

@@ -12,19 +12,19 @@ import torch
 
 import sources
 import train
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import WriteError, load_checkpoint, save_checkpoint, write_atomically
 from model import BlockSpec, Net
 from tests.conftest import equal, few_shapes, outcome
 
 ROOT = Path(__file__).parent.parent
 
 
-def start(*argv, folder):
+def start(*argv, folder, stdout=subprocess.PIPE):
     return subprocess.Popen(
         [sys.executable, "-m", "tests.driver", *argv],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:This DataLoader"},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -195,6 +195,20 @@ def test_run_that_cannot_be_resumed(s8, refusal, damage, words):
     assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
 
 
+def test_resume_in_another_precision(s8):
+    assert s8("--epochs", "1", "--schedule", "constant", "--run-dir", "run") == 0
+    assert s8("--resume", "run", "--epochs", "2", "--precision", "bfloat16") == 0
+    assert load_checkpoint("run/last.pt")["config"]["precision"] == "bfloat16"
+    assert load_checkpoint("run/last.pt")["epoch"] == 2
+
+
+def test_what_a_killed_run_left_half_written_goes(s8):
+    assert s8("--epochs", "1", "--run-dir", "run") == 0
+    Path("run/last.pt.1234.tmp").touch()
+    assert s8("--resume", "run") == 0
+    assert not Path("run/last.pt.1234.tmp").exists()
+
+
 @pytest.mark.parametrize("change", ["names", "pixels"])
 def test_other_images_are_refused(s8, refusal, monkeypatch, change):
     assert s8("--epochs", "1", "--run-dir", "run") == 0
@@ -237,6 +251,40 @@ def test_full_disk(s8, fail, refusal):
     assert load_checkpoint("run/last.pt")["epoch"] == 1
     assert not [path for path in Path("run").iterdir() if path.suffix == ".tmp"]
     assert s8("--resume", "run") == 0
+
+
+def test_disk_that_became_read_only(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(WriteError, match="page cannot be written"):
+        write_atomically(tmp_path / "page", b"")
+
+
+def closed_pipe():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize(
+    ("words", "open_output"),
+    [
+        ("nobody reads the output any more", closed_pipe),
+        pytest.param(
+            "the output cannot be written, there is no space left",
+            lambda: os.open("/dev/full", os.O_WRONLY),
+            marks=pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full"),
+        ),
+    ],
+)
+def test_output_that_cannot_be_written(tmp_path, words, open_output):
+    output = open_output()
+    _, err = start(*NEW, "--run-dir", "run", folder=tmp_path, stdout=output).communicate(timeout=120)
+    os.close(output)
+    assert err == f"train.py: stopped: {words}; nothing was written\n"
 
 
 @pytest.mark.parametrize(
