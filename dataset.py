@@ -251,7 +251,7 @@ class _Loader(DataLoader):
 def make_loader(batches: AugmentedBatches, keys: EpochBatches, num_workers: int, pin_memory: bool) -> DataLoader:
     """Return a loader of augmented batches, made in `num_workers` processes; 0 makes them in this one."""
     if num_workers == 0:
-        cv2.setNumThreads(0)
+        cv2.setNumThreads(0)  # an image of 32x32 pixels is too small for OpenCV's own threads
     return _Loader(
         batches,
         sampler=keys,

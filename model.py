@@ -186,7 +186,7 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
     return "\n".join(lines)
 
 
-def print_summary(net: nn.Module, image_size: int = 32) -> None:
+def print_summary(net: Net) -> None:
     """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
     import copy
 
@@ -194,7 +194,7 @@ def print_summary(net: nn.Module, image_size: int = 32) -> None:
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".
     with torch.random.fork_rng(devices=[]):
-        torchsummary.summary(copy.deepcopy(net).cpu(), (3, image_size, image_size), device="cpu")
+        torchsummary.summary(copy.deepcopy(net).cpu(), (3, net.image_size, net.image_size), device="cpu")
 
 
 if __name__ == "__main__":

@@ -8,18 +8,21 @@ from torch import nn
 
 
 def schedule_factor(schedule: str, progress: float, accuracies: list[float]) -> float:
-    """Return the part of the highest learning rate to take when `progress` (0 to 1) of all steps are done.
+    """Return the part of the highest learning rate that is taken when `progress` (0 to 1) of all steps are done.
 
     onecycle: linear up over the first fifth, then linear down to zero (Smith & Topin 2018, arXiv:1708.07120).
     cosine: half a cosine down to zero (Loshchilov & Hutter 2017, arXiv:1608.03983).
     plateau: divided by 10 whenever two epochs in a row did not raise the best of the validation `accuracies`.
+    constant: always 1.
     """
     if schedule == "onecycle":
         return min(progress / 0.2, (1 - progress) / 0.8)
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     factor, best, stalled = 1.0, -math.inf, 0
-    for accuracy in accuracies if schedule == "plateau" else ():
+    if schedule == "constant":
+        return factor
+    for accuracy in accuracies:
         best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
         if stalled == 2:
             factor, stalled = factor / 10, 0
@@ -42,7 +45,10 @@ class Muon(torch.optim.Optimizer):
         """Move each weight against its gradient, averaged over the steps with Nesterov's look ahead."""
         for group in self.param_groups:
             for weight in group["params"]:
-                average = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                average = state["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 height, width = update.shape
@@ -69,18 +75,17 @@ def make_optimizers(
     weight_decay: float,
     muon_learning_rate: float = 0.0,
 ) -> list[torch.optim.Optimizer]:
-    """Return [SGD]; with a muon_learning_rate [Muon for the convolutions that mix channels, SGD for what is left].
+    """Return [SGD]; with a muon_learning_rate [Muon, SGD].
 
+    Muon moves the weights of the convolutions that mix channels, but for the last, the classifier; SGD the rest.
     SGD decays convolution weights only: biases and BatchNorm have one dimension, and are spared.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if muon_learning_rate else []
     rest = [p for p in net.parameters() if not any(p is weight for weight in mixing)]
     groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay, "initial_lr": learning_rate},
+        {"params": [p for p in rest if p.ndim == 1], "weight_decay": 0.0, "initial_lr": learning_rate},
     ]
     sgd = torch.optim.SGD(groups, learning_rate, momentum=momentum, nesterov=nesterov)
-    for group in sgd.param_groups:
-        group["initial_lr"] = learning_rate
     return [Muon(mixing, muon_learning_rate), sgd] if mixing else [sgd]

@@ -1,4 +1,4 @@
-"""One run in several processes, started by torchrun; in a process of its own, all of this does nothing."""
+"""One run in several processes, started by torchrun; in a run of one process, all of this does nothing."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ def local_rank() -> int:
 
 
 def launcher() -> str:
-    """Return what to start train.py with, to have as many processes again; of several machines, in short."""
+    """Return what to start train.py with, to have as many processes again; for several machines only "torchrun ..."."""
     if world_size() == 1:
         return "python"
     return f"torchrun --nproc-per-node {world_size()}" if os.environ["GROUP_WORLD_SIZE"] == "1" else "torchrun ..."

@@ -109,7 +109,8 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
+        if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
+            libc.mallopt(-3, 2**25)  # the most that older versions take
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink
 
 
@@ -129,11 +130,7 @@ def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
 
 
 class NonFiniteLoss(Exception):
-    """The loss became infinite or NaN; `step` counts from 1."""
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
+    """The loss became infinite or NaN; the message says at which step, counted from 1."""
 
 
 class Meter:
@@ -158,7 +155,7 @@ class Meter:
         losses = self.losses.cpu().double()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
-            raise NonFiniteLoss(f"{self.description}: the loss is {losses[first]} at step {first + 1}", first + 1)
+            raise NonFiniteLoss(f"{self.description}: the loss is {losses[first]} at step {first + 1}")
         count = max(self.count.item(), 1)  # the images may be fewer than the processes
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 

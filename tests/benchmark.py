@@ -1,7 +1,7 @@
 """How fast the parts are, against the plain loop that the specification describes; prints one table.
 
 python -m tests.benchmark [--dataset cifar10 | shapes] [--data-dir DIR] [--device DEVICE] [--precision PRECISION]
-                          [--rounds 7] [--images 1280]
+                          [--rounds 7] [--images 1152]
 
 The plain loop: per image PIL -> numpy -> the five transforms -> float32 tensor; a default DataLoader with
 2 workers; float32; contiguous tensors; `.item()` at every step; in a process of its own, because train.py changes
@@ -260,7 +260,7 @@ def start_and_memory(options):
         code = "import itertools, os, train; steps = itertools.count(); step = train.train_step\n"
         code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.run()"
         run_script(code, *argv, watch=watch)
-        yield "memory, with workers", f"{peak / 1024:.2f} GiB", "", ""
+        yield "memory, workers included", f"{peak / 1024:.2f} GiB", "", ""
 
 
 # A run that trains on some of the images, and prints each epoch's seconds of training.
