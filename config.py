@@ -25,8 +25,8 @@ class Config:
     shift_limit: float = 0.125  # part of the image's side, in any direction
     scale_limit: float = 0.1  # relative change of size
     rotate_limit: float = 15.0  # degrees, in either direction
-    coarse_dropout_probability: float = 0.1  # of a square hole in the dataset's mean colour
-    hole_size: int = 16  # side of the hole in pixels
+    coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
+    hole_size: int = 8  # side of the hole in pixels
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
