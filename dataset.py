@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
 
@@ -222,6 +223,9 @@ class FixedBatches:
 def _start_worker(worker: int) -> None:
     """Set up a worker process: one thread, and signals that leave the main process the only one to speak."""
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
+    # The thread that hands batches over would tell stderr when the main process, stopped by a signal, lets go of one.
+    # An error in the pipeline does not come this way: the main process gets it, and says it.
+    sys.excepthook = lambda *args: None
     # A terminal's Ctrl-C and a cluster's SIGTERM reach the whole process group. The main process ends its
     # workers itself; SIGTERM must still work, and with exit code 0 torch does not take it for a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -117,6 +117,15 @@ def test_signal_to_the_process_group_ends_it_with_one_line(tmp_path, number, met
     assert group_is_gone(process.pid)
 
 
+def test_worker_says_nothing_when_the_main_process_lets_go_of_a_batch():
+    code = (
+        "import dataset, socket, time; from multiprocessing.resource_sharer import DupFd; dataset._start_worker(0); "
+        "socket.socket(socket.AF_UNIX).connect(DupFd(0)._id[0]); time.sleep(1)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stderr == ""
+
+
 def test_longer_run_is_the_same_as_one_that_was_longer_from_the_start(s8):
     constant = ("--schedule", "constant", "--learning-rate", "0.05")
     assert s8(*constant, "--epochs", "2", "--run-dir", "straight") == 0
