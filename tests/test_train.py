@@ -1,9 +1,7 @@
 import csv
-import hashlib
 import io
 import json
 import os
-import pickle
 import platform
 import re
 import sys
@@ -17,10 +15,10 @@ from torch.nn import functional as F
 import sources
 import train
 import utils
-from checkpoint import RunError, load_checkpoint, load_weights, save_checkpoint, save_weights
+from checkpoint import load_checkpoint
 from dataset import FixedBatches, make_normalization
-from model import BlockSpec, Net
-from optimizer import Muon, make_optimizers, schedule_factor
+from model import Net
+from optimizer import make_optimizers
 from sources import draw_shapes
 from utils import Meter, NonFiniteLoss, with_progress
 
@@ -147,49 +145,6 @@ def test_each_step_has_its_part_of_the_learning_rates(uneven, muon):
     assert not any(map(torch.equal, before, net.parameters()))
 
 
-def names_of(net, params):
-    return {name for name, p in net.named_parameters() if any(p is q for q in params)}
-
-
-def test_weight_decay_spares_biases_and_batchnorm():
-    net = Net()
-    (sgd,) = make_optimizers(net, **{**USUAL, "weight_decay": 0.01})
-    decayed, spared = sgd.param_groups
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.01, 0)
-    assert names_of(net, decayed["params"]) == {
-        name + ".weight" for name, module in net.named_modules() if isinstance(module, torch.nn.Conv2d)
-    }
-    assert sum(p.numel() for group in (decayed, spared) for p in group["params"]) == 138_666
-
-
-def test_muon_has_the_weights_that_mix_channels_and_sgd_the_rest():
-    net = Net()
-    muon, sgd = make_optimizers(net, **USUAL, muon_learning_rate=0.02)
-    mixing, decayed, spared = (g["params"] for optimizer in (muon, sgd) for g in optimizer.param_groups)
-    assert names_of(net, decayed) == {"blocks.1.0.weight", "blocks.2.0.weight", "classifier.weight"}
-    assert all(p.ndim == 4 for p in mixing)
-    assert sum(p.numel() for params in (mixing, decayed, spared) for p in params) == 138_666
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("channels", [(5, 7), (2, 60)], ids=["wide", "tall"])
-def test_muon_is_torchs_on_the_flattened_weights(memory_format, channels):
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(*channels, 3).to(memory_format=memory_format)
-    before = conv.weight.detach().flatten(1).clone()
-    matrix = torch.nn.Parameter(before.clone())
-    ours, torchs = Muon([conv.weight], 0.02), torch.optim.Muon([matrix], 0.02, weight_decay=0.0)
-    for _ in range(3):
-        conv.weight.grad = torch.randn_like(conv.weight)
-        matrix.grad = conv.weight.grad.flatten(1)
-        ours.step()
-        torchs.step()
-        ours.load_state_dict(ours.state_dict())
-    difference = (conv.weight.flatten(1) - matrix).norm() / (matrix - before).norm()
-    assert difference < 0.02  # torch's is computed in bfloat16
-    assert conv.weight.is_contiguous(memory_format=memory_format)
-
-
 def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
     """What would make the host wait for an accelerator happens in Meter.result alone: a few times a second."""
     waiting = []
@@ -226,30 +181,6 @@ def test_it_learns(uneven, muon):
         train.train_one_epoch(net, batches, optimizers, OFF, [0.02], CPU, torch.float32)["loss"] for _ in range(40)
     ]
     assert losses[-1] < 0.5 < 2 < losses[0]
-
-
-def test_schedules():
-    def factors(schedule, accuracies=()):
-        return [schedule_factor(schedule, progress, list(accuracies)) for progress in (0, 0.1, 0.2, 0.6, 1)]
-
-    assert factors("onecycle") == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert factors("cosine") == pytest.approx([1, 0.9755283, 0.9045085, 0.3454915, 0], abs=1e-6)
-    assert factors("constant") == [1] * 5
-    published = [83.28, 83.09, 82.68]  # epochs 22 to 24 of the specification's log: the rate fell at epoch 25
-    assert factors("plateau", published[:2]) == [1] * 5
-    assert factors("plateau", published) == [0.1] * 5
-
-
-def test_plateau_is_torchs():
-    accuracies = np.random.default_rng(0).integers(0, 20, 60).cumsum() * 0.2 + np.random.default_rng(1).normal(0, 9, 60)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, mode="max", factor=0.1, patience=1, threshold=0, eps=0
-    )
-    for epoch, accuracy in enumerate(accuracies, start=1):
-        scheduler.step(accuracy)
-        ours = schedule_factor("plateau", 0.5, accuracies[:epoch].tolist())
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 # --- what is shown ---
@@ -392,93 +323,3 @@ def test_deterministic_asks_torch_for_it(s8):
 
 def test_bfloat16_trains(s8):
     assert s8("--epochs", "1", "--precision", "bfloat16", "--run-dir", "run") == 0
-
-
-# --- checkpoints ---
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    path = tmp_path / "some.pt"
-    content = {
-        "model": Net().state_dict(),
-        "class_names": list(sources.SHAPES),
-        "config": {"dataset": "shapes", "precision": "float32"},
-    }
-    save_checkpoint(path, {**content, "mean": (0.5,) * 3, "std": (0.25,) * 3})
-    return path
-
-
-def test_checkpoint_is_what_torch_reads_too(checkpoint):
-    assert torch.load(checkpoint, weights_only=True).keys() == load_checkpoint(checkpoint).keys()
-
-
-def test_weights_alone_evaluate_as_the_whole_checkpoint(s8, capsys):
-    assert s8("--epochs", "1", "--run-dir", "run") == 0
-    save_weights(Path("weights.pt"), load_checkpoint("run/last.pt"))
-    assert Path("weights.pt").stat().st_size < 0.6 * Path("run/last.pt").stat().st_size
-    capsys.readouterr()
-    assert s8("--evaluate", "run/last.pt") == s8("--evaluate", "weights.pt") == 0
-    whole, alone = capsys.readouterr().out.splitlines()
-    assert whole == alone
-
-
-def test_flipped_bit_anywhere_is_found(checkpoint):
-    content = bytearray(checkpoint.read_bytes())
-    for position in [*range(0, len(content), len(content) // 97), len(content) - 1]:
-        content[position] ^= 8
-        checkpoint.write_bytes(content)
-        content[position] ^= 8
-        with pytest.raises(RunError, match="damaged"):
-            load_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("size", [0, 10, 1000, -1])
-def test_truncated_checkpoint_is_refused(s8, checkpoint, size, refusal):
-    checkpoint.write_bytes(checkpoint.read_bytes()[:size])
-    assert s8("--evaluate", str(checkpoint)) == 2
-    assert f"checkpoint {checkpoint} is damaged" in refusal()
-
-
-def test_missing_checkpoint_is_refused(s8, refusal):
-    assert s8("--evaluate", "nowhere.pt") == 2
-    assert "checkpoint nowhere.pt cannot be read" in refusal()
-
-
-def test_other_format_is_refused(s8, checkpoint, refusal, monkeypatch):
-    monkeypatch.setattr("checkpoint.FORMAT", "s8erav3-99")
-    assert s8("--evaluate", str(checkpoint)) == 2
-    assert "is not of format s8erav3-99" in refusal()
-
-
-@pytest.mark.parametrize("net", [Net(num_classes=9), Net([BlockSpec(3, 10)])], ids=["classes", "blocks"])
-def test_other_architecture_is_refused_and_changes_nothing(s8, checkpoint, net, refusal):
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with pytest.raises(RunError, match="another architecture"):
-        load_weights(net, load_checkpoint(checkpoint))
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
-    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "model": net.state_dict()})
-    assert s8("--evaluate", str(checkpoint)) == 2
-    assert "another architecture" in refusal()
-
-
-def test_other_classes_are_refused(s8, checkpoint, refusal):
-    save_checkpoint(checkpoint, {**load_checkpoint(checkpoint), "class_names": ["cat"] * 10})
-    assert s8("--evaluate", str(checkpoint)) == 2
-    assert "other classes" in refusal()
-
-
-@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "with a correct SHA-256"])
-@pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
-def test_malicious_checkpoint_never_runs(s8, tmp_path, sealed, zipped, refusal):
-    class Malicious:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "marker"),)
-
-    buffer = io.BytesIO()
-    torch.save(Malicious(), buffer) if zipped else buffer.write(pickle.dumps(Malicious()))
-    content = buffer.getvalue()
-    (tmp_path / "bad.pt").write_bytes(content + hashlib.sha256(content).digest() * sealed)
-    assert s8("--evaluate", "bad.pt") == 2
-    assert "checkpoint bad.pt" in refusal()
-    assert not (tmp_path / "marker").exists()
