@@ -1,6 +1,7 @@
 """Every setting of a run: edit a default here, or give it on the command line (``--batch-size 256``)."""
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ class Config:
     rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
+    clean_end: float = 0.1  # part of the epochs, the last ones, in which images are mirrored and no more
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
@@ -35,6 +37,8 @@ class Config:
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # look ahead by one momentum step
     weight_decay: float = 5e-4  # of the convolution weights that SGD moves
+    muon_weight_decay: float = 0.05  # of those that Muon moves; each step shrinks them by its learning rate times this
+    label_smoothing: float = 0.1  # part of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 
     seed: int = 0  # the same seed gives the same run
@@ -43,6 +47,12 @@ class Config:
     compile: bool = False  # torch.compile: faster steps after half a minute
     deterministic: bool = False  # the same run bit for bit on CUDA too, slower; the CPU's always is
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
+
+    @property
+    def clean_epochs(self) -> range:
+        """The epochs of the clean end, rounded down to whole ones: none of fewer than ten with a tenth."""
+        count = math.floor(round(self.clean_end * self.epochs, 6))  # 0.29 * 100 is 28.999999999999996
+        return range(self.epochs - count + 1, self.epochs + 1)
 
 
 config = Config()
@@ -66,11 +76,14 @@ _RANGES = {
     "rotate_limit": (0, 180),
     "coarse_dropout_probability": (0, 1),
     "hole_size": (1, 32),
+    "clean_end": (0, 1),
     "epochs": (1, 100_000),
     "learning_rate": (1e-9, 1000),
     "muon_learning_rate": (0, 1000),
     "momentum": (0, 0.9999),
     "weight_decay": (0, 1),
+    "muon_weight_decay": (0, 10),
+    "label_smoothing": (0, 0.9),
     "dropout": (0, 0.9),
     "seed": (0, 2**63 - 1),
 }

@@ -10,7 +10,7 @@ import errno
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,10 +92,12 @@ def train_step(
     optimizers: Sequence[torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
     dtype: torch.dtype,
+    label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one step on a batch, of which each process has a part, its layers computed in dtype.
 
-    Return (sum of the losses, log_probs (N, num_classes)), both of this process's images.
+    label_smoothing: part of each label that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+    Return (sum of the losses, without smoothing, and log_probs (N, num_classes)), both of this process's images.
     """
     # A process that a small last batch leaves without an image computes in float32: SyncBatchNorm sends its zeros
     # in the layer's type, where the others send and expect float32.
@@ -103,8 +105,9 @@ def train_step(
         log_probs = net(images)
         loss = F.nll_loss(log_probs, labels, reduction="sum")
     count = sum_over_processes(torch.full((), len(labels), device=loss.device))
+    smoothed = torch.lerp(loss, -log_probs.mean(dim=1).sum(), label_smoothing)
     net.zero_grad()
-    scaler.scale(loss / count).backward()
+    scaler.scale(smoothed / count).backward()
     sum_gradients(net)
     for optimizer in optimizers:
         scaler.step(optimizer)
@@ -120,11 +123,13 @@ def train_one_epoch(
     factors: Sequence[float],
     device: torch.device,
     dtype: torch.dtype,
+    label_smoothing: float = 0.0,
     description: str = "Training",
 ) -> dict[str, float]:
     """Take a step for each batch, at that factor of the optimizers' rates; return {"loss", "accuracy" in percent}.
 
-    Both are averages over the images as they were trained on: augmented, with dropout, before their step.
+    Both are averages over the images as they were trained on: augmented, with dropout, before their step. The loss
+    is the same as in `validate`, without smoothing.
     Raises NonFiniteLoss; the network is of no use then.
     """
     net.train()
@@ -134,7 +139,7 @@ def train_one_epoch(
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         for group in groups:
             group["lr"] = factor * group["initial_lr"]
-        loss, log_probs = train_step(net, images, labels, optimizers, scaler, dtype)
+        loss, log_probs = train_step(net, images, labels, optimizers, scaler, dtype, label_smoothing)
         meter.update(loss, log_probs, labels)
     return meter.total()
 
@@ -173,19 +178,22 @@ def load_data(config: Config, num_workers: int) -> Data:
         train, valid = hold_out(source.train, config.valid_split, config.seed)
     mean, std = channel_statistics(train.images)
     normalization = make_normalization(mean, std)
-    augmentation = make_augmentation(
-        mean,
-        flip_probability=config.flip_probability,
-        shift_scale_rotate_probability=config.shift_scale_rotate_probability,
-        shift_limit=config.shift_limit,
-        scale_limit=config.scale_limit,
-        rotate_limit=config.rotate_limit,
-        coarse_dropout_probability=config.coarse_dropout_probability,
-        hole_size=config.hole_size,
+    augmentation, clean = (
+        make_augmentation(
+            mean,
+            flip_probability=config.flip_probability,
+            shift_scale_rotate_probability=part * config.shift_scale_rotate_probability,
+            shift_limit=config.shift_limit,
+            scale_limit=config.scale_limit,
+            rotate_limit=config.rotate_limit,
+            coarse_dropout_probability=part * config.coarse_dropout_probability,
+            hole_size=config.hole_size,
+        )
+        for part in (1, 0)
     )
     return Data(
         make_loader(
-            AugmentedBatches(train, augmentation, normalization, config.seed),
+            AugmentedBatches(train, augmentation, normalization, config.seed, clean, config.clean_epochs),
             EpochBatches(len(train.labels), config.batch_size, config.seed, rank(), world_size()),
             num_workers,
             pin_memory=config.device.startswith("cuda"),
@@ -267,6 +275,7 @@ def fit(
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
         muon_learning_rate=config.muon_learning_rate,
+        muon_weight_decay=config.muon_weight_decay,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     rows = []
@@ -289,7 +298,8 @@ def fit(
         factors = epoch_factors(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch, rank())
         data.train.sampler.set_epoch(epoch)
-        train = train_one_epoch(compiled, data.train, optimizers, scaler, factors, device, dtype, f"{title} - Training")
+        settings = config.label_smoothing, f"{title} - Training"
+        train = train_one_epoch(compiled, data.train, optimizers, scaler, factors, device, dtype, *settings)
         valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
@@ -344,13 +354,20 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
 
     Raises UsageError or RunError.
     """
-    saved = read_config(on_first_rank(read_settings, run_dir), run_dir)
+    settings = on_first_rank(read_settings, run_dir)
+    saved = read_config(settings, run_dir)
+    missing = [field.name for field in fields(Config) if field.name not in settings]
+    if missing:
+        raise RunError(f"{run_dir} has no setting {missing[0]}: resume the run with the older version that began it")
     config = replace(saved, run_dir=run_dir, **given)
     last = on_first_rank(read_last, run_dir)
     if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
         raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
-    if last and config.epochs < last["epoch"]:
-        raise RunError(f"epochs cannot become {config.epochs}: {last['epoch']} are done already")
+    done = last["epoch"] if last else 0
+    if config.epochs < done:
+        raise RunError(f"epochs cannot become {config.epochs}: {done} are done already")
+    if any((epoch in saved.clean_epochs) != (epoch in config.clean_epochs) for epoch in range(1, done + 1)):
+        raise RunError(f"epochs cannot become {config.epochs}: clean_end has begun, as laid out for {saved.epochs}")
     main(config, resume=True, report=report)
 
 

@@ -39,7 +39,8 @@ def test_muon_is_torchs_on_the_flattened_weights(memory_format, channels):
     conv = torch.nn.Conv2d(*channels, 3).to(memory_format=memory_format)
     before = conv.weight.detach().flatten(1).clone()
     matrix = torch.nn.Parameter(before.clone())
-    ours, torchs = Muon([conv.weight], 0.02), torch.optim.Muon([matrix], 0.02, weight_decay=0.0)
+    ours = Muon([conv.weight], 0.02, weight_decay=2.0)
+    torchs = torch.optim.Muon([matrix], 0.02, weight_decay=2.0)
     for _ in range(3):
         conv.weight.grad = torch.randn_like(conv.weight)
         matrix.grad = conv.weight.grad.flatten(1)

@@ -173,6 +173,13 @@ def test_setting_that_would_make_it_another_run_is_refused(s8, refusal, argv, wo
     assert Path("run/last.pt").read_bytes() == before
 
 
+def test_longer_run_whose_clean_end_has_begun_is_refused(s8, refusal):
+    assert s8("--epochs", "1", "--schedule", "constant", "--clean-end", "0.5", "--run-dir", "run") == 0
+    assert s8("--resume", "run", "--epochs", "2") == 0
+    assert s8("--resume", "run", "--epochs", "4") == 2
+    assert "clean_end has begun, as laid out for 2" in refusal()
+
+
 def test_run_cannot_become_shorter_than_it_is(s8, refusal):
     assert s8("--epochs", "2", "--schedule", "constant", "--run-dir", "run") == 0
     assert s8("--resume", "run", "--epochs", "1") == 2
@@ -193,6 +200,7 @@ def other_architecture():
         (lambda: Path("run/config.json").write_text("{"), "config.json cannot be read"),
         (lambda: Path("run/config.json").write_text('{"x": 1}'), "cannot be used"),
         (lambda: Path("run/config.json").write_text('{"epochs": -1}'), "epochs must be between"),
+        (lambda: Path("run/config.json").write_text('{"epochs": 1}'), "run has no setting dataset"),
     ],
 )
 def test_run_that_cannot_be_resumed(s8, refusal, damage, words):

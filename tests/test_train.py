@@ -133,6 +133,35 @@ def test_training_averages_are_over_images(uneven):
     assert result["loss"] == pytest.approx(np.average(losses, weights=[20, 20, 3]), rel=1e-5)
 
 
+def test_step_follows_smoothed_labels_and_reports_the_loss_without(uneven):
+    torch.manual_seed(0)
+    images, labels = next(iter(uneven))
+    net, reference = Net(), Net()
+    reference.load_state_dict(net.state_dict())
+    F.cross_entropy(reference(images), labels, label_smoothing=0.3).backward()
+    loss, log_probs = train.train_step(net, images, labels, make_optimizers(net, **USUAL), OFF, torch.float32, 0.3)
+    for ours, expected in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    assert loss.item() == pytest.approx(F.nll_loss(log_probs, labels, reduction="sum").item())
+
+
+def test_smoothing_and_clean_end_of_the_settings_count(s8):
+    usual = {"epochs": 1, "label_smoothing": 0, "clean_end": 0}
+    runs = {
+        "usual": {},
+        "smoothed": {"label_smoothing": 0.5},
+        "clean": {"clean_end": 1},
+        "never": {"shift_scale_rotate_probability": 0, "coarse_dropout_probability": 0},
+    }
+    for name, settings in runs.items():
+        settings = {**usual, **settings, "run_dir": name}
+        flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+        assert s8(*flags) == 0
+    usual, smoothed, clean, never = (load_checkpoint(f"{name}/last.pt")["metrics"] for name in runs)
+    assert smoothed != usual != clean
+    assert clean == never
+
+
 @pytest.mark.parametrize("muon", [0.0, 0.5], ids=["SGD", "Muon"])
 def test_each_step_has_its_part_of_the_learning_rates(uneven, muon):
     net = Net()
