@@ -24,8 +24,8 @@ class Config:
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
     shift_limit: float = 0.125  # part of the image's side, in any direction
-    scale_limit: float = 0.1  # relative change of size
-    rotate_limit: float = 15.0  # degrees, in either direction
+    scale_limit: float = 0.05  # relative change of size
+    rotate_limit: float = 5.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
     clean_end: float = 0.1  # part of the epochs, the last ones, in which images are mirrored and no more
