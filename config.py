@@ -28,7 +28,7 @@ class Config:
     rotate_limit: float = 5.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
-    clean_end: float = 0.1  # part of the epochs, the last ones, in which images are mirrored and no more
+    clean_end: float = 0.1  # part of the epochs, rounded down: the last ones, augmented by mirroring alone
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
@@ -37,7 +37,7 @@ class Config:
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # look ahead by one momentum step
     weight_decay: float = 5e-4  # of the convolution weights that SGD moves
-    muon_weight_decay: float = 0.05  # of those that Muon moves; each step shrinks them by its learning rate times this
+    muon_weight_decay: float = 0.05  # of those that Muon moves, as a part of its learning rate
     label_smoothing: float = 0.1  # part of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 

@@ -142,8 +142,8 @@ class _GeneratorRandom(random.Random):
 class AugmentedBatches(Dataset):
     """Batches of augmented, normalized training images: item (epoch, indices) is (images, labels).
 
-    clean: the augmentation of the clean_epochs, weaker than the other. At the end of a run it brings the network
-    nearer to the images as they are.
+    clean: the augmentation of the clean_epochs instead. At the end of a run a weaker one brings the network nearer to
+    the images as they are.
     images (N, 3, H, W) float32 and labels (N,) int64 are tensors. Each image's augmentation is drawn from
     a counter made of the seed, the epoch and its index: neither the worker process nor what was drawn
     before plays a part. (albumentations alone would repeat itself in every worker and every epoch.)

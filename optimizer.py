@@ -36,7 +36,7 @@ class Muon(torch.optim.Optimizer):
     change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
     for matrices, but computes in bfloat16 always: ten times slower on a CPU that has none.
 
-    weight_decay: each step shrinks the weights by lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    weight_decay: a step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
     """
 
     def __init__(self, weights: Sequence[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):

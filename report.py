@@ -136,7 +136,7 @@ def plot_augmentations(train: AugmentedBatches, class_names: Sequence[str], coun
     labels = train.labels.numpy()
     rows = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(class_names)))]
     figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), layout="constrained")
-    figure.suptitle("Training images (left), and what the network sees of them in the first nine epochs")
+    figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
     grid = figure.subplots(len(rows), 10, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -202,7 +202,8 @@ def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
         f"| {epochs} | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {loss:.4f} "
         f"| {100 * correct / total:.2f} % ({correct:,} of {total:,}) |",
         "",
-        "Training figures are those of augmented images, each before the step that it is used for.",
+        "Training figures are those of images as they were trained on, each before its step: augmented, but for the "
+        "clean end of a run.",
     ]
     for title, name in (
         ("Curves", CURVES),

@@ -298,8 +298,17 @@ def fit(
         factors = epoch_factors(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
         seed_torch(config.seed, epoch, rank())
         data.train.sampler.set_epoch(epoch)
-        settings = config.label_smoothing, f"{title} - Training"
-        train = train_one_epoch(compiled, data.train, optimizers, scaler, factors, device, dtype, *settings)
+        train = train_one_epoch(
+            compiled,
+            data.train,
+            optimizers,
+            scaler,
+            factors,
+            device,
+            dtype,
+            config.label_smoothing,
+            f"{title} - Training",
+        )
         valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
         print(f"\n{title} Summary:")
         print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
@@ -367,7 +376,10 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
     if config.epochs < done:
         raise RunError(f"epochs cannot become {config.epochs}: {done} are done already")
     if any((epoch in saved.clean_epochs) != (epoch in config.clean_epochs) for epoch in range(1, done + 1)):
-        raise RunError(f"epochs cannot become {config.epochs}: clean_end has begun, as laid out for {saved.epochs}")
+        raise RunError(
+            f"epochs cannot become {config.epochs}: then clean_end would have changed the {done} that are done; "
+            "a new run with --clean-end 0 can become longer"
+        )
     main(config, resume=True, report=report)
 
 

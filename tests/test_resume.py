@@ -52,6 +52,7 @@ def throw(error):
 
 
 NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
+NEW += ("--clean-end", "0.4")  # the third epoch
 NEW += ("--device", "cpu", "--precision", "float32")
 
 
@@ -108,7 +109,7 @@ def test_signal_to_the_process_group_ends_it_with_one_line(tmp_path, number, met
         time.sleep(0.05)
     time.sleep(0.5)
     os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
     last = tmp_path / "a run" / "last.pt"
     saved = f"epoch {load_checkpoint(last)['epoch']} is saved" if last.exists() else "no epoch is finished yet"
@@ -177,7 +178,7 @@ def test_longer_run_whose_clean_end_has_begun_is_refused(s8, refusal):
     assert s8("--epochs", "1", "--schedule", "constant", "--clean-end", "0.5", "--run-dir", "run") == 0
     assert s8("--resume", "run", "--epochs", "2") == 0
     assert s8("--resume", "run", "--epochs", "4") == 2
-    assert "clean_end has begun, as laid out for 2" in refusal()
+    assert "clean_end would have changed the 2 that are done" in refusal()
 
 
 def test_run_cannot_become_shorter_than_it_is(s8, refusal):
