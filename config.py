@@ -28,7 +28,7 @@ class Config:
     rotate_limit: float = 5.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
-    clean_end: float = 0.1  # part of the epochs, rounded down: the last ones, augmented by mirroring alone
+    clean_end: float = 0.1  # last part of the epochs: there images are only mirrored
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
