@@ -57,7 +57,7 @@ from utils import (
 
 ROOT = Path(__file__).parent.parent
 BATCH_SIZE = 128
-ROW = "| {:30} | {:25} | {:31} | {:7} |"
+ROW = "| {:30} | {:25} | {:34} | {:7} |"
 
 
 class PlainImages(Dataset):
