@@ -1,6 +1,8 @@
 import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for each core
 
@@ -13,11 +15,30 @@ import train
 from checkpoint import load_checkpoint
 from sources import Source, draw_shapes
 
+ROOT = Path(__file__).parent.parent
+
 
 def few_shapes(data_dir=None):
     """Stands in for load_shapes: 150 pictures to train on, 50 to test on."""
     rng = np.random.default_rng(0)
     return Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(sources.SHAPES))
+
+
+NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
+NEW += ("--clean-end", "0.4")  # the third epoch
+NEW += ("--device", "cpu", "--precision", "float32")
+
+
+def start(*argv, folder, stdout=subprocess.PIPE):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.driver", *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:This DataLoader"},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def equal(a, b):
@@ -78,3 +99,19 @@ def refusal(capsys):
         return err
 
     return read
+
+
+@pytest.fixture
+def fail(monkeypatch):
+    """Make the Nth call of a function from now on do something else."""
+
+    def arrange(owner, name, count, failure):
+        original, calls = getattr(owner, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            return failure() if len(calls) == count else original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return arrange
