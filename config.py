@@ -1,7 +1,6 @@
 """Every setting of a run: edit a default here, or give it on the command line (``--batch-size 256``)."""
 
 import difflib
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -24,11 +23,10 @@ class Config:
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
     shift_limit: float = 0.125  # part of the image's side, in any direction
-    scale_limit: float = 0.05  # relative change of size
-    rotate_limit: float = 5.0  # degrees, in either direction
+    scale_limit: float = 0.1  # relative change of size
+    rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
-    clean_end: float = 0.1  # last part of the epochs: there images are only mirrored
 
     epochs: int = 30  # passes over the training images
     learning_rate: float = 0.2  # highest value of the schedule
@@ -47,12 +45,6 @@ class Config:
     compile: bool = False  # torch.compile: faster steps after half a minute
     deterministic: bool = False  # the same run bit for bit on CUDA too, slower; the CPU's always is
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
-
-    @property
-    def clean_epochs(self) -> range:
-        """The epochs of the clean end, rounded down to whole ones: none of fewer than ten with a tenth."""
-        count = math.floor(round(self.clean_end * self.epochs, 6))  # 0.29 * 100 is 28.999999999999996
-        return range(self.epochs - count + 1, self.epochs + 1)
 
 
 config = Config()
@@ -76,7 +68,6 @@ _RANGES = {
     "rotate_limit": (0, 180),
     "coarse_dropout_probability": (0, 1),
     "hole_size": (1, 32),
-    "clean_end": (0, 1),
     "epochs": (1, 100_000),
     "learning_rate": (1e-9, 1000),
     "muon_learning_rate": (0, 1000),

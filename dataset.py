@@ -142,26 +142,15 @@ class _GeneratorRandom(random.Random):
 class AugmentedBatches(Dataset):
     """Batches of augmented, normalized training images: item (epoch, indices) is (images, labels).
 
-    clean: the augmentation of the clean_epochs instead. At the end of a run a weaker one brings the network nearer to
-    the images as they are.
     images (N, 3, H, W) float32 and labels (N,) int64 are tensors. Each image's augmentation is drawn from
     a counter made of the seed, the epoch and its index: neither the worker process nor what was drawn
     before plays a part. (albumentations alone would repeat itself in every worker and every epoch.)
     """
 
-    def __init__(
-        self,
-        split: Split,
-        augmentation: A.Compose,
-        normalization: A.Compose,
-        seed: int,
-        clean: A.Compose | None = None,
-        clean_epochs: range = range(0),
-    ):
+    def __init__(self, split: Split, augmentation: A.Compose, normalization: A.Compose, seed: int):
         # As a tensor, workers that are not forked get it as shared memory instead of a copy each.
         self.images, self.labels = (torch.from_numpy(array) for array in split)
         self.augmentation, self.normalization, self.seed = augmentation, normalization, seed
-        self.clean, self.clean_epochs = clean, clean_epochs
 
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         epoch, indices = key
@@ -172,16 +161,15 @@ class AugmentedBatches(Dataset):
     def augment(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
         """Return the images (N, H, W, 3) uint8 as they are augmented in this epoch."""
         images = self.images.numpy()
-        augmentation = self.clean if epoch in self.clean_epochs else self.augmentation
         bits = np.random.Philox(key=self.seed)
         generator = np.random.Generator(bits)
         # One stream for the whole pipeline: its transforms are independent of each other.
-        augmentation.set_random_state(generator, _GeneratorRandom(generator))
+        self.augmentation.set_random_state(generator, _GeneratorRandom(generator))
         state, batch = bits.state, []
         for index in indices:
             state["state"]["counter"][:] = 0, 0, index, epoch
             bits.state = state
-            batch.append(augmentation(image=images[index])["image"])
+            batch.append(self.augmentation(image=images[index])["image"])
         return np.stack(batch)
 
 

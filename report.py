@@ -202,8 +202,7 @@ def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
         f"| {epochs} | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {loss:.4f} "
         f"| {100 * correct / total:.2f} % ({correct:,} of {total:,}) |",
         "",
-        "Training figures are those of images as they were trained on, each before its step: augmented, but for the "
-        "clean end of a run.",
+        "Training figures are those of images as they were trained on: augmented, each before its step.",
     ]
     for title, name in (
         ("Curves", CURVES),

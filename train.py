@@ -178,22 +178,19 @@ def load_data(config: Config, num_workers: int) -> Data:
         train, valid = hold_out(source.train, config.valid_split, config.seed)
     mean, std = channel_statistics(train.images)
     normalization = make_normalization(mean, std)
-    augmentation, clean = (
-        make_augmentation(
-            mean,
-            flip_probability=config.flip_probability,
-            shift_scale_rotate_probability=part * config.shift_scale_rotate_probability,
-            shift_limit=config.shift_limit,
-            scale_limit=config.scale_limit,
-            rotate_limit=config.rotate_limit,
-            coarse_dropout_probability=part * config.coarse_dropout_probability,
-            hole_size=config.hole_size,
-        )
-        for part in (1, 0)
+    augmentation = make_augmentation(
+        mean,
+        flip_probability=config.flip_probability,
+        shift_scale_rotate_probability=config.shift_scale_rotate_probability,
+        shift_limit=config.shift_limit,
+        scale_limit=config.scale_limit,
+        rotate_limit=config.rotate_limit,
+        coarse_dropout_probability=config.coarse_dropout_probability,
+        hole_size=config.hole_size,
     )
     return Data(
         make_loader(
-            AugmentedBatches(train, augmentation, normalization, config.seed, clean, config.clean_epochs),
+            AugmentedBatches(train, augmentation, normalization, config.seed),
             EpochBatches(len(train.labels), config.batch_size, config.seed, rank(), world_size()),
             num_workers,
             pin_memory=config.device.startswith("cuda"),
@@ -372,14 +369,8 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
     last = on_first_rank(read_last, run_dir)
     if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
         raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
-    done = last["epoch"] if last else 0
-    if config.epochs < done:
-        raise RunError(f"epochs cannot become {config.epochs}: {done} are done already")
-    if any((epoch in saved.clean_epochs) != (epoch in config.clean_epochs) for epoch in range(1, done + 1)):
-        raise RunError(
-            f"epochs cannot become {config.epochs}: then clean_end would have changed the {done} that are done; "
-            "a new run with --clean-end 0 can become longer"
-        )
+    if last and config.epochs < last["epoch"]:
+        raise RunError(f"epochs cannot become {config.epochs}: {last['epoch']} are done already")
     main(config, resume=True, report=report)
 
 

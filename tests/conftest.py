@@ -25,7 +25,6 @@ def few_shapes(data_dir=None):
 
 
 NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
-NEW += ("--clean-end", "0.4")  # the third epoch
 NEW += ("--device", "cpu", "--precision", "float32")
 
 

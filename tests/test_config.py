@@ -77,7 +77,6 @@ OUT_OF_RANGE = {
     "rotate_limit": (-1, 181),
     "coarse_dropout_probability": (-0.1, 1.1),
     "hole_size": (0, 33),
-    "clean_end": (-0.1, 1.1),
     "epochs": (0,),
     "learning_rate": (0, -1),
     "muon_learning_rate": (-1,),
@@ -108,14 +107,6 @@ def test_number_out_of_range_is_named(name, value, capsys):
 def test_wrong_type_in_python_is_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be of type"):
         check(dataclasses.replace(config, **{name: value}))
-
-
-@pytest.mark.parametrize(
-    ("clean_end", "epochs", "expected"),
-    [(0.1, 9, []), (0.1, 30, [28, 29, 30]), (0.29, 100, list(range(72, 101))), (0.0, 3, []), (1.0, 2, [1, 2])],
-)
-def test_clean_end_is_the_last_whole_epochs(clean_end, epochs, expected):
-    assert list(Config(clean_end=clean_end, epochs=epochs).clean_epochs) == expected
 
 
 def test_config_cannot_be_changed_by_accident():

@@ -132,20 +132,6 @@ def test_augmentations_differ_between_images_epochs_workers_and_seeds():
     assert len(pictures.flatten(1).unique(dim=0)) == 3 * 64
 
 
-def test_clean_epochs_have_their_own_augmentation():
-    split, strong, clean = (
-        copies(8),
-        make_augmentation(MEAN, **USUAL),
-        make_augmentation(MEAN, **{**NEVER, "flip_probability": 0.5}),
-    )
-    batches = AugmentedBatches(split, strong, make_normalization(MEAN, STD), 0, clean, clean_epochs=range(2, 4))
-    mirrored = split.images[:, :, ::-1]
-    for number, only_mirrored in ((1, False), (2, True), (3, True), (4, False)):
-        images = batches.augment(number, range(8))
-        whole = [(image == split.images[0]).all() or (image == mirrored[0]).all() for image in images]
-        assert all(whole) == only_mirrored
-
-
 def test_transforms_of_a_pipeline_are_independent():
     """Flip and hole each happen half the time, together a quarter: the library's own seeding would tie them."""
     split = copies(2000)

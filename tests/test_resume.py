@@ -135,13 +135,6 @@ def test_setting_that_would_make_it_another_run_is_refused(s8, refusal, argv, wo
     assert Path("run/last.pt").read_bytes() == before
 
 
-def test_longer_run_whose_clean_end_has_begun_is_refused(s8, refusal):
-    assert s8("--epochs", "1", "--schedule", "constant", "--clean-end", "0.5", "--run-dir", "run") == 0
-    assert s8("--resume", "run", "--epochs", "2") == 0
-    assert s8("--resume", "run", "--epochs", "4") == 2
-    assert "clean_end would have changed the 2 that are done" in refusal()
-
-
 def test_run_cannot_become_shorter_than_it_is(s8, refusal):
     assert s8("--epochs", "2", "--schedule", "constant", "--run-dir", "run") == 0
     assert s8("--resume", "run", "--epochs", "1") == 2

@@ -24,7 +24,6 @@ CPU = torch.device("cpu")
 
 # 150 images: four batches of 37 and one of 2, in which the third process has no part; 50 to test on, in 37 and 13.
 NEW = ("--dataset", "shapes", "--batch-size", "37", "--num-workers", "0", "--epochs", "2")
-NEW += ("--clean-end", "0.5")  # the second epoch
 NEW += ("--schedule", "constant", "--learning-rate", "0.01", "--device", "cpu", "--precision", "float32")
 
 
