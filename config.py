@@ -25,7 +25,6 @@ class Config:
     shift_limit: float = 0.125  # part of the image's side, in any direction
     scale_limit: float = 0.1  # relative change of size
     rotate_limit: float = 15.0  # degrees, in either direction
-    interpolation: Literal["linear", "cubic"] = "cubic"  # of their pixels; linear blurs
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
 

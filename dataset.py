@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
-from typing import Literal
 
 # albumentations asks a web server for updates when it is imported, unless this is set first.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -90,14 +89,12 @@ def make_augmentation(
     shift_limit: float,
     scale_limit: float,
     rotate_limit: float,
-    interpolation: Literal["linear", "cubic"] = "cubic",
     coarse_dropout_probability: float,
     hole_size: int,
 ) -> A.Compose:
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
-    shift_limit is a part of the image's side, rotate_limit is in degrees, hole_size in pixels. interpolation: linear
-    blurs the images that are turned or scaled, so that training differs from validation; cubic hardly does.
+    shift_limit is a part of the image's side, rotate_limit is in degrees, hole_size in pixels.
     The hole: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     return A.Compose(
@@ -108,7 +105,6 @@ def make_augmentation(
                 scale=(1 - scale_limit, 1 + scale_limit),
                 rotate=(-rotate_limit, rotate_limit),
                 keep_ratio=True,
-                interpolation={"linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}[interpolation],
                 border_mode=cv2.BORDER_REFLECT_101,
                 p=shift_scale_rotate_probability,
             ),

@@ -185,7 +185,6 @@ def load_data(config: Config, num_workers: int) -> Data:
         shift_limit=config.shift_limit,
         scale_limit=config.scale_limit,
         rotate_limit=config.rotate_limit,
-        interpolation=config.interpolation,
         coarse_dropout_probability=config.coarse_dropout_probability,
         hole_size=config.hole_size,
     )

@@ -174,7 +174,6 @@ def functions(split, device, dtype):
         shift_limit=0.0625,
         scale_limit=0.1,
         rotate_limit=15,
-        interpolation="linear",
         coarse_dropout_probability=0.3,
         hole_size=16,
     )

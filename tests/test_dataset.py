@@ -151,11 +151,12 @@ def test_hole_has_the_mean_colour_and_its_size(size):
     assert len(filled.unique(dim=0)) > 10  # in many places
 
 
-@pytest.mark.parametrize("interpolation", [cv2.INTER_LINEAR, cv2.INTER_CUBIC])
-def test_faster_shift_scale_rotate_gives_the_librarys_pictures(interpolation):
+def test_faster_shift_scale_rotate_gives_the_librarys_pictures():
     limits = {"translate_percent": (-0.3, 0.3), "scale": (0.6, 1.4), "rotate": (-90, 90), "keep_ratio": True, "p": 1.0}
-    options = {**limits, "interpolation": interpolation, "border_mode": cv2.BORDER_REFLECT_101}
-    ours, theirs = (A.Compose([kind(**options)], strict=True, seed=0) for kind in (ShiftScaleRotate, A.Affine))
+    ours, theirs = (
+        A.Compose([kind(**limits, border_mode=cv2.BORDER_REFLECT_101)], strict=True, seed=0)
+        for kind in (ShiftScaleRotate, A.Affine)
+    )
     for image in load_shapes().test.images:
         assert np.abs(ours(image=image)["image"].astype(int) - theirs(image=image)["image"]).max() <= 1
 
@@ -171,16 +172,6 @@ def test_faster_hole_is_as_likely_everywhere_as_the_librarys():
     assert np.array_equal(ours, theirs)
     assert len(counts) == 9
     assert 150 < counts.min() <= counts.max() < 250
-
-
-def test_cubic_interpolation_keeps_the_contrast_that_linear_blurs_away():
-    images = load_shapes().test.images
-    contrast = {}
-    for name in ("linear", "cubic"):
-        turned = {**NEVER, "shift_scale_rotate_probability": 1.0, "interpolation": name}
-        batches = AugmentedBatches(Split(images, np.zeros(len(images))), make_augmentation(MEAN, **turned), None, 0)
-        contrast[name] = np.square(np.diff(batches.augment(1, range(len(images))).astype(float), axis=2)).mean()
-    assert contrast["linear"] < 0.8 * contrast["cubic"]
 
 
 def test_limits_reach_the_library():

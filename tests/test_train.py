@@ -152,7 +152,6 @@ def test_decay_smoothing_and_augmentation_of_the_settings_count(s8):
         "decayed": {"muon_weight_decay": 10},
         "smoothed": {"label_smoothing": 0.5},
         "still": {"shift_scale_rotate_probability": 0},
-        "blurred": {"interpolation": "linear"},
         "whole": {"coarse_dropout_probability": 0},
     }
     for name, settings in runs.items():
