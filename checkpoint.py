@@ -132,7 +132,10 @@ def read_settings(run_dir: str) -> dict:
     """Return a run's settings. Raises RunError if the folder holds no run, or none that can be read."""
     folder = Path(run_dir)
     try:
-        return json.loads((folder / CONFIG).read_text())
+        settings = json.loads((folder / CONFIG).read_text())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+        return settings
     except FileNotFoundError:
         raise RunError(f"{folder} holds no run: there is no {CONFIG}") from None
     except (OSError, ValueError) as error:

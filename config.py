@@ -22,7 +22,7 @@ class Config:
 
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
-    shift_limit: float = 0.125  # part of the image's side, in any direction
+    shift_limit: float = 0.125  # part of the image's side, in any direction, in whole pixels
     scale_limit: float = 0.1  # relative change of size
     rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
@@ -34,16 +34,16 @@ class Config:
     schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate
     momentum: float = 0.9  # of SGD
     nesterov: bool = True  # look ahead by one momentum step
-    weight_decay: float = 5e-4  # of the convolution weights that SGD moves
-    muon_weight_decay: float = 0.05  # of those that Muon moves, as a part of its learning rate
+    weight_decay: float = 5e-4  # of the convolution weights that SGD moves: this part of each is added to its gradient
+    muon_weight_decay: float = 0.05  # of those that Muon moves: a step shrinks them by its learning rate times this
     label_smoothing: float = 0.1  # part of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 
     seed: int = 0  # the same seed gives the same run
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
-    compile: bool = False  # torch.compile: faster steps after half a minute
-    deterministic: bool = False  # the same run bit for bit on CUDA too, slower; the CPU's always is
+    compile: bool = False  # torch.compile: takes up to a minute, then steps can be faster
+    deterministic: bool = False  # meant for the same run bit for bit on CUDA too, slower; the CPU's always is
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 

@@ -94,7 +94,8 @@ def make_augmentation(
 ) -> A.Compose:
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
-    shift_limit is a part of the image's side, rotate_limit is in degrees, hole_size in pixels.
+    shift_limit is a part of the image's side, rotate_limit is in degrees, hole_size in pixels. albumentations rounds
+    a shift towards 0, to whole pixels: 0.125 of 32 gives up to 3.
     The hole: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     return A.Compose(
@@ -165,6 +166,7 @@ class AugmentedBatches(Dataset):
         generator = np.random.Generator(bits)
         # One stream for the whole pipeline: its transforms are independent of each other.
         self.augmentation.set_random_state(generator, _GeneratorRandom(generator))
+        # Philox computes its numbers from key and counter alone: to set the counter is to begin the image's own stream.
         state, batch = bits.state, []
         for index in indices:
             state["state"]["counter"][:] = 0, 0, index, epoch

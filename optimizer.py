@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
 
     Each step's matrix is replaced by a nearly orthogonal one, so that every direction in which the layer can
     change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
-    for matrices, but computes in bfloat16 always: ten times slower on a CPU that has none.
+    for matrices, but computes in bfloat16 always: several times slower on a CPU that has none.
 
     weight_decay: a step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
     """

@@ -361,10 +361,10 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
     Raises UsageError or RunError.
     """
     settings = on_first_rank(read_settings, run_dir)
+    others = sorted(settings.keys() ^ {field.name for field in fields(Config)})
+    if others:
+        raise RunError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
     saved = read_config(settings, run_dir)
-    missing = [field.name for field in fields(Config) if field.name not in settings]
-    if missing:
-        raise RunError(f"{run_dir} has no setting {missing[0]}: resume the run with the older version that began it")
     config = replace(saved, run_dir=run_dir, **given)
     last = on_first_rank(read_last, run_dir)
     if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
@@ -375,11 +375,15 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
 
 
 def read_config(settings: dict, where: str) -> Config:
-    """Return the Config of saved settings; raise RunError, naming where they were, if this version has others."""
+    """Return the Config of saved settings, without those that this version does not have.
+
+    Raises RunError, naming where they were, for one that cannot be used.
+    """
+    names = {field.name for field in fields(Config)}
+    config = Config(**{name: value for name, value in settings.items() if name in names})
     try:
-        config = Config(**settings)
         check(config)
-    except (TypeError, ConfigError) as error:
+    except ConfigError as error:
         raise RunError(f"the settings saved in {where} cannot be used ({error})") from None
     return config
 
@@ -453,7 +457,7 @@ def run() -> None:
     """
     arguments = parse_args()
     config = arguments.config
-    run_dir = config.run_dir or on_first_rank(new_run_dir) if arguments.resume is None else arguments.resume
+    run_dir = arguments.resume if arguments.resume is not None else config.run_dir or on_first_rank(new_run_dir)
     stop_on_signals()
     keep_freed_memory()
     try:

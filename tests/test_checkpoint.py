@@ -38,6 +38,12 @@ def test_weights_alone_evaluate_as_the_whole_checkpoint(s8, capsys):
     assert whole == alone
 
 
+def test_checkpoint_of_a_version_with_another_setting_evaluates(s8, checkpoint):
+    content = load_checkpoint(checkpoint)
+    save_checkpoint(Path("older.pt"), {**content, "config": {**content["config"], "gone": 1}})
+    assert s8("--evaluate", "older.pt") == 0
+
+
 def test_flipped_bit_anywhere_is_found(checkpoint):
     content = bytearray(checkpoint.read_bytes())
     for position in [*range(0, len(content), len(content) // 97), len(content) - 1]:

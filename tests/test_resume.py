@@ -146,6 +146,11 @@ def other_architecture():
     save_checkpoint(Path("run/last.pt"), {**checkpoint, "model": Net([BlockSpec(3, 10)]).state_dict()})
 
 
+def change_settings(**changes):
+    path = Path("run/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -153,9 +158,10 @@ def other_architecture():
         (other_architecture, "another architecture"),
         (lambda: Path("run/config.json").unlink(), "run holds no run"),
         (lambda: Path("run/config.json").write_text("{"), "config.json cannot be read"),
-        (lambda: Path("run/config.json").write_text('{"x": 1}'), "cannot be used"),
-        (lambda: Path("run/config.json").write_text('{"epochs": -1}'), "epochs must be between"),
-        (lambda: Path("run/config.json").write_text('{"epochs": 1}'), "run has no setting dataset"),
+        (lambda: Path("run/config.json").write_text("[1]"), "config.json cannot be read"),
+        (lambda: change_settings(epochs=-1), "epochs must be between"),
+        (lambda: change_settings(gone=1), "begun by another version (gone differs)"),
+        (lambda: Path("run/config.json").write_text('{"epochs": 1}'), "begun by another version"),
     ],
 )
 def test_run_that_cannot_be_resumed(s8, refusal, damage, words):
