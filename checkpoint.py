@@ -8,11 +8,14 @@ import json
 import os
 import shlex
 import warnings
+from dataclasses import fields
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 import torch
+
+from config import Config, ConfigError, check
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
 
@@ -140,6 +143,20 @@ def read_settings(run_dir: str) -> dict:
         raise RunError(f"{folder} holds no run: there is no {CONFIG}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{folder / CONFIG} cannot be read ({error})") from None
+
+
+def read_config(settings: dict, where: str) -> Config:
+    """Return the Config of saved settings, without those that this version does not have.
+
+    Raises RunError, naming where they were, for one that cannot be used.
+    """
+    names = {field.name for field in fields(Config)}
+    config = Config(**{name: value for name, value in settings.items() if name in names})
+    try:
+        check(config)
+    except ConfigError as error:
+        raise RunError(f"the settings saved in {where} cannot be used ({error})") from None
+    return config
 
 
 def read_last(run_dir: str) -> dict | None:

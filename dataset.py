@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from multiprocessing import resource_tracker
+from typing import NamedTuple
 
 # albumentations asks a web server for updates when it is imported, unless this is set first.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -18,7 +19,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sources import DataError, Split
+from config import Config
+from processes import rank, world_size
+from sources import DataError, Split, load_source
 
 
 def hold_out(train: Split, fraction: float, seed: int) -> tuple[Split, Split]:
@@ -267,4 +270,48 @@ def make_loader(batches: AugmentedBatches, keys: EpochBatches, num_workers: int,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers
+    )
+
+
+class Data(NamedTuple):
+    """What a run reads: batches for training, validation and the final test, and what the images are."""
+
+    train: DataLoader
+    valid: FixedBatches
+    test: FixedBatches
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def load_data(config: Config, num_workers: int) -> Data:
+    """Load the config's dataset, split it, and set up its pipelines, this process's part of them. Raises DataError."""
+    source = load_source(config.dataset, config.data_dir)
+    train, valid = source.train, source.test
+    if config.valid_split > 0:
+        train, valid = hold_out(source.train, config.valid_split, config.seed)
+    mean, std = channel_statistics(train.images)
+    normalization = make_normalization(mean, std)
+    augmentation = make_augmentation(
+        mean,
+        flip_probability=config.flip_probability,
+        shift_scale_rotate_probability=config.shift_scale_rotate_probability,
+        shift_limit=config.shift_limit,
+        scale_limit=config.scale_limit,
+        rotate_limit=config.rotate_limit,
+        coarse_dropout_probability=config.coarse_dropout_probability,
+        hole_size=config.hole_size,
+    )
+    return Data(
+        make_loader(
+            AugmentedBatches(train, augmentation, normalization, config.seed),
+            EpochBatches(len(train.labels), config.batch_size, config.seed, rank(), world_size()),
+            num_workers,
+            pin_memory=config.device.startswith("cuda"),
+        ),
+        FixedBatches(valid, normalization, config.batch_size, rank(), world_size()),
+        FixedBatches(source.test, normalization, config.batch_size, rank(), world_size()),
+        source.class_names,
+        mean,
+        std,
     )

@@ -84,6 +84,13 @@ def predict(checkpoint: str | Path, images: Sequence[str | Path | np.ndarray | I
     return predictions
 
 
+def print_predictions(path: str, images: list[str]) -> None:
+    """Print a line for each image: the three likeliest classes, by the checkpoint's network."""
+    for image, prediction in zip(images, predict(path, images), strict=True):
+        likeliest = list(prediction.probabilities.items())[:3]
+        print(f"{image}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
+
+
 @torch.inference_mode()
 def compute_log_probs(net: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return the log-probabilities (N, num_classes) of all batches' images, float32 on the CPU."""

@@ -12,13 +12,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from checkpoint import (
     BEST,
@@ -32,26 +30,18 @@ from checkpoint import (
     load_weights,
     new_run_dir,
     open_run_dir,
+    read_config,
     read_last,
     read_settings,
     refuse_second_use,
     write_config,
     write_epoch,
 )
-from config import Config, ConfigError, check, parse_args
-from dataset import (
-    AugmentedBatches,
-    EpochBatches,
-    FixedBatches,
-    channel_statistics,
-    hold_out,
-    make_augmentation,
-    make_loader,
-    make_normalization,
-)
+from config import Config, check, parse_args
+from dataset import Data, FixedBatches, load_data, make_normalization
 from model import Net, print_summary
 from optimizer import make_optimizers, schedule_factor
-from predict import Mirrored, load_network, predict
+from predict import Mirrored, load_network, print_predictions
 from processes import (
     first_rank_first,
     first_to_fail,
@@ -64,7 +54,7 @@ from processes import (
     sum_over_processes,
     world_size,
 )
-from sources import DataError, load_source
+from sources import DataError
 from utils import (
     DTYPES,
     Meter,
@@ -157,50 +147,6 @@ def validate(
             log_probs = net(images)
         meter.update(F.nll_loss(log_probs, labels, reduction="sum"), log_probs, labels)
     return meter.total()
-
-
-class Data(NamedTuple):
-    """What a run reads: batches for training, validation and the final test, and what the images are."""
-
-    train: DataLoader
-    valid: FixedBatches
-    test: FixedBatches
-    class_names: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def load_data(config: Config, num_workers: int) -> Data:
-    """Load the config's dataset, split it, and set up its pipelines, this process's part of them. Raises DataError."""
-    source = load_source(config.dataset, config.data_dir)
-    train, valid = source.train, source.test
-    if config.valid_split > 0:
-        train, valid = hold_out(source.train, config.valid_split, config.seed)
-    mean, std = channel_statistics(train.images)
-    normalization = make_normalization(mean, std)
-    augmentation = make_augmentation(
-        mean,
-        flip_probability=config.flip_probability,
-        shift_scale_rotate_probability=config.shift_scale_rotate_probability,
-        shift_limit=config.shift_limit,
-        scale_limit=config.scale_limit,
-        rotate_limit=config.rotate_limit,
-        coarse_dropout_probability=config.coarse_dropout_probability,
-        hole_size=config.hole_size,
-    )
-    return Data(
-        make_loader(
-            AugmentedBatches(train, augmentation, normalization, config.seed),
-            EpochBatches(len(train.labels), config.batch_size, config.seed, rank(), world_size()),
-            num_workers,
-            pin_memory=config.device.startswith("cuda"),
-        ),
-        FixedBatches(valid, normalization, config.batch_size, rank(), world_size()),
-        FixedBatches(source.test, normalization, config.batch_size, rank(), world_size()),
-        source.class_names,
-        mean,
-        std,
-    )
 
 
 def epoch_factors(config: Config, epoch: int, steps: int, accuracies: list[float]) -> list[float]:
@@ -374,20 +320,6 @@ def resume(run_dir: str, given: dict, report: bool) -> None:
     main(config, resume=True, report=report)
 
 
-def read_config(settings: dict, where: str) -> Config:
-    """Return the Config of saved settings, without those that this version does not have.
-
-    Raises RunError, naming where they were, for one that cannot be used.
-    """
-    names = {field.name for field in fields(Config)}
-    config = Config(**{name: value for name, value in settings.items() if name in names})
-    try:
-        check(config)
-    except ConfigError as error:
-        raise RunError(f"the settings saved in {where} cannot be used ({error})") from None
-    return config
-
-
 def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> None:
     """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
 
@@ -414,13 +346,6 @@ def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> No
 
         write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
         print(f"A report with pictures is in {Path(path).parent / PAGE}")
-
-
-def print_predictions(path: str, images: list[str]) -> None:
-    """Print a line for each image: the three likeliest classes, by the checkpoint's network."""
-    for image, prediction in zip(images, predict(path, images), strict=True):
-        likeliest = list(prediction.probabilities.items())[:3]
-        print(f"{image}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:

@@ -3,11 +3,9 @@
 python -m tests.benchmark [--dataset cifar10 | shapes] [--data-dir DIR] [--device DEVICE] [--precision PRECISION]
                           [--rounds 7] [--images 1152]
 
-The plain loop: per image PIL -> numpy -> the five transforms -> float32 tensor; a default DataLoader with
-2 workers; float32; contiguous tensors; `.item()` at every step; in a process of its own, because train.py changes
-settings of its process. Everything is measured in one run, in turn, so that what else the machine does strikes
-all alike; a figure is the median over the rounds, with their spread.
-Augmentation has the specification's probabilities (0.3) on both sides.
+The plain loop is that of plain.py. It runs in a process of its own, because train.py changes settings of its
+process. Everything is measured in one run, in turn, so that what else the machine does strikes all alike; a figure is
+the median over the rounds, with their spread. Augmentation has the specification's probabilities (0.3) on both sides.
 """
 
 import argparse
@@ -26,12 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import albumentations as A
-import numpy as np
 import torch
-from PIL import Image
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from dataset import (
     AugmentedBatches,
@@ -45,6 +38,7 @@ from dataset import (
 from model import Net
 from optimizer import make_optimizers
 from sources import Split, load_source
+from tests.plain import BATCH_SIZE, one_epoch, plain_functions
 from train import train_one_epoch, train_step, validate
 from utils import (
     DTYPES,
@@ -56,57 +50,7 @@ from utils import (
 )
 
 ROOT = Path(__file__).parent.parent
-BATCH_SIZE = 128
 ROW = "| {:30} | {:25} | {:34} | {:7} |"
-
-
-class PlainImages(Dataset):
-    """Images as most tutorials read them: one by one, through PIL, each through its whole pipeline."""
-
-    def __init__(self, split, mean, std, training):
-        self.images, self.labels = split
-        spec = {"p": 0.3} if training else {"p": 0.0}
-        self.transform = A.Compose(
-            [
-                A.HorizontalFlip(**spec),
-                A.Affine(scale=(0.9, 1.1), translate_percent=(-0.0625, 0.0625), rotate=(-15, 15), **spec),
-                A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=tuple(255 * channel for channel in mean), **spec),
-                A.Normalize(mean, std),
-                A.ToTensorV2(),
-            ][0 if training else 3 :]
-        )
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image = np.array(Image.fromarray(self.images[index]))
-        return self.transform(image=image)["image"], int(self.labels[index])
-
-
-def plain_train(net, loader, optimizer, device):
-    net.train()
-    loss_sum = correct = 0.0
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        log_probs = net(images)
-        loss = F.nll_loss(log_probs, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        correct += log_probs.argmax(dim=1).eq(labels).sum().item()
-
-
-def plain_validate(net, loader, device):
-    net.eval()
-    loss_sum = correct = 0.0
-    with torch.no_grad():
-        for images, labels in loader:
-            images, labels = images.to(device), labels.to(device)
-            log_probs = net(images)
-            loss_sum += F.nll_loss(log_probs, labels, reduction="sum").item()
-            correct += log_probs.argmax(dim=1).eq(labels).sum().item()
 
 
 def seconds(function, device):
@@ -127,28 +71,6 @@ def interleave(timed, rounds):
         for name, function in timed.items():
             times[name].append(function())
     return times
-
-
-def one_epoch(batches):
-    """Read an epoch of a loader."""
-    for _ in batches:
-        pass
-
-
-def plain_functions(split, device):
-    """The plain loop: name -> function that handles every image of the split once."""
-    mean, std = channel_statistics(split.images)
-    images = PlainImages(split, mean, std, training=True)
-    loader = DataLoader(images, BATCH_SIZE, shuffle=True, num_workers=2)
-    pipeline = DataLoader(images, BATCH_SIZE, shuffle=True)
-    test_loader = DataLoader(PlainImages(split, mean, std, training=False), BATCH_SIZE, num_workers=2)
-    net = Net().to(device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
-    return {
-        "training": lambda: plain_train(net, loader, optimizer, device),
-        "validation": lambda: plain_validate(net, test_loader, device),
-        "input pipeline": lambda: one_epoch(pipeline),
-    }
 
 
 @functools.cache  # made at the first call in the process of the plain loop
@@ -265,10 +187,10 @@ def start_and_memory(options):
 
 # A run that trains on some of the images, and prints each epoch's seconds of training.
 TIMED_EPOCHS = """
-import time, train
+import time, dataset, train
 from sources import Source, Split
 
-def load_some(*args, load=train.load_source):
+def load_some(*args, load=dataset.load_source):
     source = load(*args)
     return Source(Split(*(array[:IMAGES] for array in source.train)), source.test, source.class_names)
 
@@ -278,7 +200,7 @@ def train_one_epoch(*args, train_one_epoch=train.train_one_epoch):
     print("seconds", time.perf_counter() - begin, flush=True)
     return result
 
-train.load_source, train.train_one_epoch = load_some, train_one_epoch
+dataset.load_source, train.train_one_epoch = load_some, train_one_epoch
 train.validate = lambda *args: {"loss": 0.0, "accuracy": 0.0}
 train.run()
 """
