@@ -89,7 +89,7 @@ class Block(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x)
-            if isinstance(layer, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            if isinstance(layer, nn.BatchNorm2d):
                 x = F.relu(x)
         return x
 

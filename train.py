@@ -2,77 +2,89 @@
 
 import signal
 
-if __name__ == "__main__":  # until run() takes over: Ctrl-C during the slow imports ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports below ends without a traceback
 
-import contextlib
-import errno
-import re
-import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, fields, replace
-from pathlib import Path
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
-from checkpoint import (
-    BEST,
-    LAST,
-    RunError,
-    WriteError,
-    best_row,
-    describe_progress,
-    follow_last,
-    load_checkpoint,
-    load_weights,
-    new_run_dir,
-    open_run_dir,
-    read_config,
-    read_last,
-    read_settings,
-    refuse_second_use,
-    write_config,
-    write_epoch,
-)
-from config import Config, check, parse_args
-from dataset import Data, FixedBatches, load_data, make_normalization
+from config import Config, check
+from dataset import load_datasets, make_loader
+from extras import command_line
+from extras.distributed import first_rank_first, rank_and_world_size, share_training, sum_gradients
+from extras.evaluate import finish
+from extras.muon import Muon
+from extras.runs import new_run_dir, open_run, refuse_second_use
+from extras.speed import compile_in_place
 from model import Net, print_summary
-from optimizer import make_optimizers, schedule_factor
-from predict import Mirrored, load_network, print_predictions
-from processes import (
-    first_rank_first,
-    first_to_fail,
-    launcher,
-    on_first_rank,
-    process_group,
-    rank,
-    share_statistics,
-    sum_gradients,
-    sum_over_processes,
-    world_size,
-)
-from sources import DataError
 from utils import (
     DTYPES,
     Meter,
-    NonFiniteLoss,
-    Stop,
-    UsageError,
     choose_device,
     choose_precision,
     choose_workers,
-    compile_network,
     describe_device,
-    ignore_signals,
-    keep_freed_memory,
     make_deterministic,
     seed_torch,
-    stop_on_signals,
     with_progress,
 )
+
+
+def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
+    """Return [SGD], or [Muon, SGD] if config.optimizer is "muon".
+
+    Muon moves the weights of the convolutions that mix channels, but for the last, the classifier; SGD the rest, at
+    ten times the learning rate. A step shrinks convolution weights by learning_rate * weight_decay, whoever moves
+    them; biases and BatchNorm are spared.
+    """
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if config.optimizer == "muon" else []
+    rest = [p for p in net.parameters() if not any(p is weight for weight in mixing)]
+    ratio = 10 if mixing else 1
+    # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.
+    weight_decay = config.weight_decay * (1 - config.momentum) / ratio
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    rate, sgd_options = config.learning_rate, {"momentum": config.momentum, "nesterov": config.nesterov}
+    sgd = torch.optim.SGD(groups, ratio * rate, **sgd_options)
+    return [Muon(mixing, rate, weight_decay=config.weight_decay), sgd] if mixing else [sgd]
+
+
+def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] = ()) -> float:
+    """Return the part of the highest learning rate that is taken when `progress` (0 to 1) of all steps are done.
+
+    onecycle: linear up over the first fifth, then linear down to zero (Smith & Topin 2018, arXiv:1708.07120).
+    cosine: half a cosine down to zero (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    plateau: divided by 10 whenever two epochs in a row did not raise the best of the validation `accuracies`.
+    constant: always 1.
+    """
+    if schedule == "onecycle":
+        return min(progress / 0.2, (1 - progress) / 0.8)
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    factor, best, stalled = 1.0, -math.inf, 0
+    if schedule == "constant":
+        return factor
+    for accuracy in accuracies:
+        best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
+        if stalled == 2:
+            factor, stalled = factor / 10, 0
+    return factor
+
+
+def epoch_factors(config: Config, epoch: int, steps: int, accuracies: Sequence[float] = ()) -> list[float]:
+    """Return each step's part of the highest learning rate, taken in the middle of the step: never 0."""
+    done = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
+    return [schedule_factor(config.schedule, progress, accuracies) for progress in done]
 
 
 def train_step(
@@ -80,25 +92,24 @@ def train_step(
     images: torch.Tensor,
     labels: torch.Tensor,
     optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    dtype: torch.dtype,
+    dtype: torch.dtype = torch.float32,
+    scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step on a batch, of which each process has a part, its layers computed in dtype.
+    """Take one step on a batch, its layers computed in dtype.
 
     label_smoothing: part of each label that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
-    Return (sum of the losses, without smoothing, and log_probs (N, num_classes)), both of this process's images.
+    scaler: what float16 needs. Return (mean loss, without smoothing, and log_probs (N, num_classes)).
     """
-    # A process that a small last batch leaves without an image computes in float32: SyncBatchNorm sends its zeros
-    # in the layer's type, where the others send and expect float32.
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32 and len(images) > 0):
-        log_probs = net(images)
-        loss = F.nll_loss(log_probs, labels, reduction="sum")
-    count = sum_over_processes(torch.full((), len(labels), device=loss.device))
-    smoothed = torch.lerp(loss, -log_probs.mean(dim=1).sum(), label_smoothing)
+    scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        log_probs = net(images).float()
+    loss = F.nll_loss(log_probs, labels)
+    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)
     net.zero_grad()
-    scaler.scale(smoothed / count).backward()
-    sum_gradients(net)
+    scaler.scale(smoothed).backward()
+    if dist.is_initialized():
+        sum_gradients(net)
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
@@ -107,307 +118,120 @@ def train_step(
 
 def train_one_epoch(
     net: nn.Module,
-    batches: Iterable,
+    loader: DataLoader,
     optimizers: Sequence[torch.optim.Optimizer],
-    scaler: torch.amp.GradScaler,
-    factors: Sequence[float],
-    device: torch.device,
-    dtype: torch.dtype,
+    factors: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
     description: str = "Training",
 ) -> dict[str, float]:
-    """Take a step for each batch, at that factor of the optimizers' rates; return {"loss", "accuracy" in percent}.
+    """Take a step for each batch; return {"loss", "accuracy" in percent}.
 
-    Both are averages over the images as they were trained on: augmented, with dropout, before their step. The loss
-    is the same as in `validate`, without smoothing.
-    Raises NonFiniteLoss; the network is of no use then.
+    net: any network that returns log-probabilities; of logits the loss would be wrong, without an error.
+    factors: each step's part of the optimizers' learning rates, all of them if not given.
+    Both results are averages over the images as they were trained on: augmented, with dropout, before their step.
+    The loss is the same as in `validate`, without smoothing.
+    Raises RunStopped for a loss that is not finite; the network is of no use then.
     """
     net.train()
-    meter = Meter(description, len(batches), device)
+    meter = Meter(description, len(loader), next(net.parameters()).device)
+    factors = [1.0] * len(loader) if factors is None else factors
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for factor, (images, labels) in zip(factors, with_progress(batches, meter), strict=True):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for factor, (images, labels) in zip(factors, with_progress(loader, meter), strict=True):
         for group in groups:
-            group["lr"] = factor * group["initial_lr"]
-        loss, log_probs = train_step(net, images, labels, optimizers, scaler, dtype, label_smoothing)
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+        loss, log_probs = train_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
         meter.update(loss, log_probs, labels)
     return meter.total()
 
 
 @torch.inference_mode()
 def validate(
-    net: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype, description: str = "Validation"
+    net: nn.Module, loader: DataLoader, dtype: torch.dtype = torch.float32, description: str = "Validation"
 ) -> dict[str, float]:
-    """Return {"loss", "accuracy" in percent}, averages over the images. Raises NonFiniteLoss."""
+    """Return {"loss", "accuracy" in percent} of a network that returns log-probabilities, averages over the images.
+
+    Raises RunStopped for a loss that is not finite.
+    """
     net.eval()
-    meter = Meter(description, len(batches), device)
-    for images, labels in with_progress(batches, meter):
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            log_probs = net(images)
-        meter.update(F.nll_loss(log_probs, labels, reduction="sum"), log_probs, labels)
+    meter = Meter(description, len(loader), next(net.parameters()).device)
+    for images, labels in with_progress(loader, meter):
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            log_probs = net(images).float()
+        meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
     return meter.total()
 
 
-def epoch_factors(config: Config, epoch: int, steps: int, accuracies: list[float]) -> list[float]:
-    """Return each step's part of the highest learning rate, taken in the middle of the step: never 0."""
-    done = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
-    return [schedule_factor(config.schedule, progress, accuracies) for progress in done]
+def resolve(config: Config) -> Config:
+    """Return the config with what it left open found out: device, precision, workers, the run's folder."""
+    check(config)
+    device = choose_device(config.device)
+    return replace(
+        config,
+        device=str(device),
+        precision=choose_precision(config.precision, device),
+        num_workers=choose_workers(config.num_workers, device),
+        run_dir=config.run_dir or new_run_dir(),
+    )
+
+
+def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dict) -> dict:
+    """Print an epoch's results as the specification does; return them as a row of metrics.csv."""
+    print(f"\nEpoch {epoch}/{config.epochs} Summary:")
+    print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
+    print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
+    parts = {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
+    return {"epoch": epoch, "learning_rate": factor * config.learning_rate, **parts}
 
 
 def main(config: Config, resume: bool = False, report: bool = True) -> None:
     """Train as the config says; leave the results in config.run_dir, or continue the run that is there.
 
-    report: whether pictures are drawn, each epoch's curves and what is on report.md.
+    report: whether pictures are drawn: the curves after each epoch, the others at the end.
     """
-    check(config)
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
-    num_workers = choose_workers(config.num_workers, device)
-    make_deterministic(config.deterministic)
-    run_dir = config.run_dir or on_first_rank(new_run_dir)
-    config = replace(config, device=str(device), precision=precision, run_dir=run_dir)
+    config = resolve(config)
+    device, dtype = torch.device(config.device), DTYPES[config.precision]
+    rank, world_size = rank_and_world_size()  # 0 and 1, unless torchrun started several processes
     if not resume:
-        on_first_rank(refuse_second_use, config.run_dir)  # before a download, which can take minutes
-    with first_rank_first():
-        data = load_data(config, num_workers)
-    seed_torch(config.seed, epoch=0)
-    net = Net(num_classes=len(data.class_names), dropout=config.dropout)
-    net.load_state_dict(on_first_rank(net.state_dict))  # another kind of machine might have drawn others
-    compiled = compile_network(net.to(device, memory_format=torch.channels_last), config.compile)
-    with open_run_dir(config.run_dir, resume) if rank() == 0 else contextlib.nullcontext():
-        print_summary(net)
-        share_statistics(net, device)
-        where = f"{describe_device(device)}, precision {precision}, {num_workers} workers"
-        processes = f", {world_size()} processes" if world_size() > 1 else ""
-        print(f"Device: {where}{processes}. Run: {config.run_dir}", flush=True)
-        checkpoint = on_first_rank(read_last, config.run_dir) if resume else None
-        if checkpoint:
-            check_images(data, checkpoint, config.data_dir)
-        fit(config, data, net, compiled, device, checkpoint, report)
-        finish(config, data, net, device, report)
+        refuse_second_use(config.run_dir)
 
+    data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
+    loader = make_loader(data.train, config.batch_size, True, config.num_workers, rank, world_size)
+    valid_loader = make_loader(data.valid, config.batch_size, rank=rank, world_size=world_size)
 
-def check_images(data: Data, checkpoint: dict, data_dir: str) -> None:
-    """Raise RunError if the classes, or the training images' mean and deviation, are not those of the checkpoint."""
-    same_statistics = torch.allclose(
-        torch.tensor([data.mean, data.std]), torch.tensor([checkpoint["mean"], checkpoint["std"]])
-    )
-    if list(data.class_names) != checkpoint["class_names"] or not same_statistics:
-        raise RunError(f"the images in {data_dir} are not those that this run began with: give --data-dir")
-
-
-def fit(
-    config: Config,
-    data: Data,
-    net: nn.Module,
-    compiled: nn.Module,
-    device: torch.device,
-    checkpoint: dict | None,
-    report: bool,
-) -> None:
-    """Train the network, from the checkpoint on if there is one, and write each epoch's results.
-
-    compiled: what is called, `net` itself or its compiled form; the weights are those of `net`.
-    """
-    dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
-    optimizers = make_optimizers(
-        net,
-        learning_rate=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        muon_learning_rate=config.muon_learning_rate,
-        muon_weight_decay=config.muon_weight_decay,
-    )
+    make_deterministic(config.deterministic)
+    seed_torch(config.seed)
+    net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
+    net.to(device, memory_format=torch.channels_last)
+    optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    rows = []
-    if checkpoint:
-        load_weights(net, checkpoint)  # first: it refuses another network's before anything is changed
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:  # none of another precision than float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        on_first_rank(follow_last, run_dir, checkpoint)
-        rows = checkpoint["metrics"]
-        print(f"Continuing after epoch {len(rows)}")
-        before = checkpoint.get("processes", 1)
-        if before != world_size():
-            print(f"Note: processes: {before} before, {world_size()} now: no longer bit for bit the undisturbed run")
-    on_first_rank(write_config, run_dir, asdict(config))
+    if world_size > 1:
+        share_training(net)
+    if config.compile:
+        compile_in_place(net, world_size)
 
-    for epoch in range(len(rows) + 1, config.epochs + 1):
-        title = f"Epoch {epoch}/{config.epochs}"
-        factors = epoch_factors(config, epoch, len(data.train), [row["valid_accuracy"] for row in rows])
-        seed_torch(config.seed, epoch, rank())
-        data.train.sampler.set_epoch(epoch)
-        train = train_one_epoch(
-            compiled,
-            data.train,
-            optimizers,
-            scaler,
-            factors,
-            device,
-            dtype,
-            config.label_smoothing,
-            f"{title} - Training",
+    with open_run(config, data.train, resume, rank, world_size, report) as run:
+        print_summary(net)
+        print(
+            f"Device: {describe_device(device)}, precision {config.precision}, {config.num_workers} workers.", end=" "
         )
-        valid = validate(compiled, data.valid, device, dtype, f"{title} - Validation")
-        print(f"\n{title} Summary:")
-        print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
-        print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
-        row = {"epoch": epoch, "learning_rate": factors[-1] * config.learning_rate}
-        row |= {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
-        rows.append(row)
-        on_first_rank(
-            write_epoch,
-            run_dir,
-            {
-                "config": asdict(config),
-                "class_names": list(data.class_names),
-                "mean": data.mean,
-                "std": data.std,
-                "processes": world_size(),
-                "epoch": epoch,
-                "metrics": rows,
-                "model": net.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": scaler.state_dict(),
-            },
-        )
-
-        if report and rank() == 0:
-            from report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
-
-            save_figure(plot_curves(rows), run_dir / CURVES)
-
-
-def finish(config: Config, data: Data, net: nn.Module, device: torch.device, report: bool) -> None:
-    """Print a run's best accuracy, test the best epoch's network if images were held out to choose it, draw pictures.
-
-    The pictures are those of the network that was tested; without held-out images, of the last epoch's.
-    """
-    dtype, run_dir = DTYPES[config.precision], Path(config.run_dir)
-    checkpoint = on_first_rank(load_checkpoint, run_dir / (BEST if config.valid_split > 0 else LAST))
-    best = best_row(checkpoint["metrics"])
-    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run_dir}.")
-    load_weights(net, checkpoint)
-    if config.valid_split > 0:
-        test = validate(net, data.test, device, dtype, "Test")
-        print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
-    if report and rank() == 0:
-        from report import write_report
-
-        write_report(run_dir, net, checkpoint, data.train.dataset, data.test, device, dtype)
-
-
-def resume(run_dir: str, given: dict, report: bool) -> None:
-    """Continue the run in run_dir with its own settings, but for those given now.
-
-    Raises UsageError or RunError.
-    """
-    settings = on_first_rank(read_settings, run_dir)
-    others = sorted(settings.keys() ^ {field.name for field in fields(Config)})
-    if others:
-        raise RunError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
-    saved = read_config(settings, run_dir)
-    config = replace(saved, run_dir=run_dir, **given)
-    last = on_first_rank(read_last, run_dir)
-    if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
-        raise RunError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
-    if last and config.epochs < last["epoch"]:
-        raise RunError(f"epochs cannot become {config.epochs}: {last['epoch']} are done already")
-    main(config, resume=True, report=report)
-
-
-def evaluate(path: str, device: str, given: dict, report: bool, tta: bool) -> None:
-    """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
-
-    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
-    images is printed too.
-    """
-    net, checkpoint = on_first_rank(load_network, path)
-    config = replace(read_config(checkpoint["config"], path), **{"device": device, **given})
-    device = choose_device(config.device)
-    dtype = DTYPES[choose_precision(config.precision, device)]
-    with first_rank_first():
-        data = load_data(config, num_workers=0)
-    if list(data.class_names) != checkpoint["class_names"]:
-        raise RunError(f"checkpoint {path} was trained on other classes than those of the images")
-    net.to(device)
-    normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    batches = FixedBatches(data.test.split, normalization, config.batch_size, rank(), world_size())
-    networks = {"Test": net} | ({"Mirrored Test": Mirrored(net)} if tta else {})
-    for title, network in networks.items():
-        test = validate(network, batches, device, dtype, title)
-        print(f"{title} Loss: {test['loss']:.4f}, {title} Acc: {test['accuracy']:.4f}")
-    if report and rank() == 0:
-        from report import PAGE, write_report
-
-        write_report(Path(path).parent, net, checkpoint, data.train.dataset, batches, device, dtype)
-        print(f"A report with pictures is in {Path(path).parent / PAGE}")
-
-
-def describe_failure(error: BaseException) -> tuple[int, str] | None:
-    """Return exit code and message for a user's mistake or what befell the run; None for a mistake of ours."""
-    text = str(error).partition("\n")[0]
-    if isinstance(error, (UsageError, DataError, RunError)):
-        return 2, f"error: {text}"
-    if isinstance(error, Stop):
-        return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
-    if isinstance(error, NonFiniteLoss):
-        return 1, f"stopped: {text}; a new run needs a lower --learning-rate or --muon-learning-rate"
-    if isinstance(error, WriteError):
-        return 1, f"stopped: {text}"
-    out_of_memory = re.search("out of memory|not enough memory|can't allocate memory", text)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
-        return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
-    if isinstance(error, BrokenPipeError):
-        return 1, "stopped: nobody reads the output any more"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return 1, "stopped: the output cannot be written, there is no space left"
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
-        return 1, "stopped: another process of the run died or does not answer"
-    worker_died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
-    if worker_died or isinstance(error, (ConnectionError, EOFError)):  # the latter, while its batch is received
-        return 1, f"stopped: a process that augments images died ({text or 'its batch broke off'})"
-    return None
-
-
-@process_group()
-def run() -> None:
-    """Do what the command line asks; an end before time is one line on stderr and an exit code that is not 0.
-
-    One line in all, if several processes share the run.
-    """
-    arguments = parse_args()
-    config = arguments.config
-    run_dir = arguments.resume if arguments.resume is not None else config.run_dir or on_first_rank(new_run_dir)
-    stop_on_signals()
-    keep_freed_memory()
-    try:
-        if arguments.predict:
-            return print_predictions(arguments.evaluate, arguments.predict)
-        if arguments.evaluate is not None:
-            return evaluate(arguments.evaluate, config.device, arguments.given, arguments.report, arguments.tta)
-        if arguments.resume is not None:
-            return resume(run_dir, arguments.given, arguments.report)
-        return main(replace(config, run_dir=run_dir), report=arguments.report)
-    except BaseException as error:
-        ignore_signals()
-        if not first_to_fail():
-            sys.exit(1)
-        failure = describe_failure(error)
-        if failure is None:
-            raise
-        resumable = not isinstance(error, NonFiniteLoss)  # it would come again
-    # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
-    code, message = failure
-    if code != 2 and arguments.evaluate is None:
-        message += f"; {describe_progress(run_dir, resumable, launcher())}"
-    print(f"train.py: {message}\n", end="", file=sys.stderr)  # one piece: torchrun writes there too
-    sys.exit(code)
+        print(f"Run: {config.run_dir}", flush=True)
+        rows = run.restore(net, optimizers, scaler)
+        for epoch in range(len(rows) + 1, config.epochs + 1):
+            seed_torch(config.seed, epoch, rank)
+            data.train.set_epoch(epoch)
+            factors = epoch_factors(config, epoch, len(loader), [row["valid_accuracy"] for row in rows])
+            title = f"Epoch {epoch}/{config.epochs}"
+            train = train_one_epoch(
+                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{title} - Training"
+            )
+            valid = validate(net, valid_loader, dtype, f"{title} - Validation")
+            rows.append(summarize(config, epoch, factors[-1], train, valid))
+            run.save(rows, net, optimizers, scaler)
+        if rank == 0:
+            finish(config, data, report)
 
 
 if __name__ == "__main__":
-    run()
+    command_line.run(main)

@@ -1,43 +1,50 @@
-"""What the training loop needs and nobody wants to read first: device, precision, meter, bars, signals."""
+"""What the training loop needs and nobody wants to read first: device, precision, seeds, meter, files."""
 
 import builtins
-import ctypes
+import contextlib
+import hashlib
+import io
 import os
-import platform
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from processes import local_rank, sum_over_processes, world_size
+from config import UsageError
+from extras.distributed import sum_over_processes
 
-# --- device and precision -----------------------------------------------------------------------------
+
+class RunStopped(Exception):
+    """What ends a run before its time and is no mistake of the program; the message is one line for the user.
+
+    resumable: whether the run can be continued, and would not come to the same end again.
+    """
+
+    def __init__(self, message: str, resumable: bool = True):
+        super().__init__(message)
+        self.resumable = resumable
+
+
+# --- device, precision, seeds -------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class UsageError(Exception):
-    """Something that the user asked for and that cannot be done; the message is one line for the user."""
 
 
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is CUDA, else another accelerator that torch reports, else the CPU.
 
-    Of several processes each gets its own CUDA device, under the name "cuda" all the same.
     Raises UsageError for a device that is not there.
     """
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if world_size() > 1 and name not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not for {world_size()} processes: give --device cuda, one each, or cpu")
     try:
-        if world_size() > 1 and name == "cuda":
-            torch.cuda.set_device(local_rank())
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -64,15 +71,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if native else "float32"
 
 
-def describe_device(device: torch.device) -> str:
-    """Return the device's name for people: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device.type == "cpu":
-        return f"cpu ({torch.get_num_threads()} threads)"
-    return f"{device} ({platform.machine()})"
-
-
 def choose_workers(num_workers: int, device: torch.device) -> int:
     """Return how many processes augment; -1 finds out what pays off.
 
@@ -86,32 +84,11 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
     return int(cores > 2) if device.type == "cpu" else max(1, min(8, cores - 1))
 
 
-def compile_network(net: torch.nn.Module, compile: bool) -> torch.nn.Module:
-    """Return the network, compiled at its first use if `compile`; weights stay the given network's.
-
-    Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight
-    one. Raises UsageError where there is no C++ compiler, which torch.compile needs on the CPU.
-    """
-    if not compile:
-        return net
-    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
-    if next(net.parameters()).device.type == "cpu" and not shutil.which(compiler):
-        raise UsageError(
-            f"compile needs a C++ compiler, and there is no {compiler}: install it, or leave out --compile"
-        )
-    return torch.compile(net, dynamic=False)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep for the next step what this one frees: Linux, given it back, clears it anew page by page.
-
-    In float32 on a CPU that is a fifth of the time. Another C library is left as it is.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
-            libc.mallopt(-3, 2**25)  # the most that older versions take
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink
+def describe_device(device: torch.device) -> str:
+    """Return the device's name for people: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def make_deterministic(deterministic: bool) -> None:
@@ -121,7 +98,7 @@ def make_deterministic(deterministic: bool) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
+def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
     """Set torch's generators for this epoch and process, so that they never have to be saved to continue a run."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
 
@@ -129,91 +106,122 @@ def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
 # --- metrics ------------------------------------------------------------------------------------------
 
 
-class NonFiniteLoss(Exception):
-    """The loss became infinite or NaN; the message says at which step, counted from 1."""
-
-
 class Meter:
     """Loss and accuracy over the images so far, gathered on the device: only `result` waits for it."""
 
     def __init__(self, description: str, steps: int, device: torch.device):
-        self.description = description
+        self.description, self.device = description, device
         self.losses = torch.zeros(steps, device=device)  # sum of each batch
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.count = torch.zeros((), dtype=torch.int64)
         self.step = 0
 
     def update(self, loss: torch.Tensor, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: the sum of its losses, log_probs (N, num_classes), labels (N,)."""
-        self.losses[self.step] = loss.detach()
+        """Add a batch: the mean of its losses, log_probs (N, num_classes), labels (N,)."""
+        self.losses[self.step] = loss.detach() * len(labels)
         self.correct += (log_probs.argmax(dim=1) == labels).sum()
         self.count += len(labels)
         self.step += 1
 
     def result(self) -> dict[str, float]:
-        """Return {"loss", "accuracy" in percent}; raise NonFiniteLoss if the loss of any batch is not finite."""
+        """Return {"loss", "accuracy" in percent}; raise RunStopped if the loss of any batch is not finite."""
         losses = self.losses.cpu().double()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
-            raise NonFiniteLoss(f"{self.description}: the loss is {losses[first]} at step {first + 1}")
+            where = f"{self.description}: the loss is {losses[first]} at step {first + 1}"
+            raise RunStopped(f"{where}; a new run needs a lower --learning-rate", resumable=False)
         count = max(self.count.item(), 1)  # the images may be fewer than the processes
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def total(self) -> dict[str, float]:
-        """Return the result over the images of all processes, or raise NonFiniteLoss, in all of them alike."""
-        for part in (self.losses, self.correct, self.count):
-            sum_over_processes(part)
+        """Return the result over the images of all processes, or raise RunStopped, in all of them alike."""
+        if dist.is_initialized():
+            for part in (self.losses, self.correct, self.count):
+                sum_over_processes(part)
         return self.result()
 
 
-def with_progress(batches: Iterable, meter: Meter) -> Iterator:
-    """Yield the batches under a tqdm bar that shows the meter's result, fetched four times a second at most.
+def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the batches on the meter's device, under a tqdm bar that shows its result four times a second at most.
 
     Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss
     that is not finite is found early. The result is that of this process alone: when it is looked at
     depends on the clock, so nobody may have to wait for it.
     """
-    shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
-    with tqdm(total=len(batches), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
+    device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
+    non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied
+    with tqdm(total=len(loader), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
         looked = time.monotonic()
-        for batch in batches:
-            yield batch
+        for step, (images, labels) in enumerate(loader, start=1):
+            images = images.to(device, memory_format=torch.channels_last, non_blocking=non_blocking)
+            yield images, labels.to(device, non_blocking=non_blocking)
             bar.update()
-            if time.monotonic() - looked > 0.25:
-                _show(bar, meter)
+            if time.monotonic() - looked > 0.25 or step == len(loader):
+                result = meter.result()
+                bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", loss=f"{result['loss']:.4f}")
                 looked = time.monotonic()
-        _show(bar, meter)
 
 
-def _show(bar: tqdm, meter: Meter) -> None:
-    result = meter.result()
-    bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", loss=f"{result['loss']:.4f}")
+# --- files --------------------------------------------------------------------------------------------
+
+FORMAT = "s8erav3-2"
 
 
-# --- signals ------------------------------------------------------------------------------------------
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file by a whole new one: whoever reads it, at any moment, finds the old or the new content.
+
+    Raises RunStopped if it cannot be written; what was there before is untouched then.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # --evaluate may report into a run's folder
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunStopped(f"{path} cannot be written ({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):  # it has its name by now, or cannot be removed
+            temporary.unlink()
+    with contextlib.suppress(OSError):  # Windows and some filesystems cannot do this with a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name is on the disk only when its folder is
+        finally:
+            os.close(folder)
 
 
-class Stop(BaseException):
-    """Ctrl-C or SIGTERM; no Exception, so that no library takes it for an error that it can handle."""
+def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
+    """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
 
-    def __init__(self, signum: int):
-        super().__init__(signum)
-        self.signum = signum
-
-
-def stop_on_signals() -> None:
-    """From now on raise Stop, instead of what Python does, at Ctrl-C and SIGTERM."""
-
-    def stop(signum, frame):
-        raise Stop(signum)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain
+    torch.load reads these files too.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
+    data = buffer.getvalue()
+    write_atomically(Path(path), data + hashlib.sha256(data).digest())
 
 
-def ignore_signals() -> None:
-    """From now on ignore Ctrl-C, SIGTERM, and torch's alarm at the end of a worker: the program is ending already."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def load_checkpoint(path: str | Path) -> dict:
+    """Read what save_checkpoint wrote, on the CPU; nothing in the file can run (weights_only).
+
+    Raises UsageError for a file that is missing, damaged or of another format.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UsageError(f"checkpoint {path} cannot be read ({error.strerror})") from None
+    data, digest = content[:-32], content[-32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise UsageError(f"checkpoint {path} is damaged, or not one of this program: its SHA-256 does not match")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the unpickler's, on files of other programs
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception:  # whatever the unpickler meets in a file that this program did not write
+        raise UsageError(f"checkpoint {path} holds more than tensors and plain values: it is not loaded") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise UsageError(f"checkpoint {path} is not of format {FORMAT}: another version of this program wrote it")
+    return checkpoint

@@ -1,6 +1,6 @@
-"""A run in pictures: its curves, confusions, mistakes and augmented images, and a page that shows them.
+"""A run in pictures: open it to change what report.md shows.
 
-Each function returns a matplotlib Figure, which has nothing to do with a screen; `write_report` writes them all.
+Each plot_ function returns a matplotlib Figure, which has nothing to do with a screen.
 """
 
 import contextlib
@@ -17,9 +17,10 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 
-from checkpoint import RunError, read_last, write_atomically
-from dataset import AugmentedBatches, FixedBatches
-from predict import compute_log_probs
+from config import UsageError
+from dataset import Datasets, ImageDataset
+from extras.runs import LAST
+from utils import load_checkpoint, write_atomically
 
 CURVES, CONFUSION, MISTAKES, AUGMENTATIONS = (
     "curves.png",
@@ -86,29 +87,35 @@ def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
 def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return how much each part of normalized images (N, 3, H, W) speaks for the target classes: (N, H, W), 0 to 1.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) of the last activations before the head, by captum.
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, of the last layer whose output still is an image.
     """
     from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
-    activations = [module for module in net.modules() if isinstance(module, nn.Dropout2d)][-1]  # behind the last ReLU
-    parts = LayerGradCam(net, activations).attribute(images, targets, relu_attributions=True).detach()
+    layers, hooks = [], []
+    for module in net.modules():
+        hooks.append(module.register_forward_hook(lambda layer, args, out: layers.append((layer, out.shape))))
+    with torch.no_grad():
+        net.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    layer = [layer for layer, shape in layers if len(shape) == 4 and shape[2] * shape[3] > 1][-1]
+    parts = LayerGradCam(net, layer).attribute(images, targets, relu_attributions=True).detach()
     parts = LayerAttribution.interpolate(parts, tuple(images.shape[2:]), "bilinear")[:, 0]
     return parts / parts.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, class_names: Sequence[str]) -> Figure:
+def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
     """Return the 20 most confident mistakes among the test images, each beside what spoke for it.
 
     log_probs: (N, num_classes) of the test images.
     """
-    images, labels = test.split
-    confidence, predictions = log_probs.exp().max(dim=1)
-    wrong = (predictions != torch.from_numpy(labels)).nonzero()[:, 0]
+    names, (confidence, predictions) = test.class_names, log_probs.exp().max(dim=1)
+    wrong = (predictions != test.labels).nonzero()[:, 0]
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
     rows = max(1, math.ceil(len(chosen) / 5))
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
     figure.suptitle(
-        f"Mistakes: {len(wrong):,} in {len(labels):,} images; the most confident first, "
+        f"Mistakes: {len(wrong):,} in {len(test):,} images; the most confident first, "
         "each beside what spoke for it (Grad-CAM)"
     )
     grid = figure.subplots(rows, 10, squeeze=False)
@@ -116,75 +123,65 @@ def plot_mistakes(net: nn.Module, test: FixedBatches, log_probs: torch.Tensor, c
         axes.axis("off")
     if len(chosen):
         device = next(net.parameters()).device
-        normalized = test.normalization(images=images[chosen.numpy()])["images"].to(device)
-        maps = explain(net, normalized, predictions[chosen].to(device)).cpu()
+        images = torch.stack([test[index][0] for index in chosen.tolist()])
+        maps = explain(net, images.to(device), predictions[chosen].to(device)).cpu()
     for number, index in enumerate(chosen.tolist()):
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
-        left.imshow(images[index])
-        right.imshow(images[index])
+        left.imshow(test.images[index])
+        right.imshow(test.images[index])
         right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        left.set_title(
-            f"{class_names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {class_names[labels[index]]}",
-            fontsize=9,
-            loc="left",
-        )
+        title = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
+        left.set_title(title, fontsize=9, loc="left")
     return figure
 
 
-def plot_augmentations(train: AugmentedBatches, class_names: Sequence[str], count: int = 6) -> Figure:
+def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
     labels = train.labels.numpy()
-    rows = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(class_names)))]
-    figure = Figure(figsize=(12, 1.2 * len(rows) + 0.8), layout="constrained")
+    indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
+    columns = [train.images.numpy()[indices]]
+    for epoch in range(1, 10):
+        train.set_epoch(epoch)
+        columns.append(train.augment(indices))
+    figure = Figure(figsize=(12, 1.2 * len(indices) + 0.8), layout="constrained")
     figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
-    grid = figure.subplots(len(rows), 10, squeeze=False)
-    for axes in grid.flat:
+    grid = figure.subplots(len(indices), 10, squeeze=False)
+    for axes, image in zip(grid.T.flat, (image for column in columns for image in column), strict=True):
+        axes.imshow(image)
         axes.set(xticks=[], yticks=[])
-    for row, index in enumerate(rows):
-        versions = [train.images[index], *(train.augment(epoch, [index])[0] for epoch in range(1, 10))]
-        for axes, image in zip(grid[row], versions, strict=True):
-            axes.imshow(np.asarray(image))
-        grid[row, 0].set_ylabel(class_names[labels[index]], fontsize=9)
+    for axes, index in zip(grid[:, 0], indices, strict=True):
+        axes.set_ylabel(train.class_names[labels[index]], fontsize=9)
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG. Raises WriteError."""
+    """Write a figure as PNG. Raises RunStopped if it cannot be written."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(path, buffer.getvalue())
 
 
-def write_report(
-    folder: Path,
-    net: nn.Module,
-    checkpoint: dict,
-    train: AugmentedBatches,
-    test: FixedBatches,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Write the pictures of a checkpoint and its network, and report.md, which shows them. Raises WriteError.
+def save_curves(rows: Sequence[dict], folder: Path) -> None:
+    """Write curves.png. Raises RunStopped if it cannot be written."""
+    save_figure(plot_curves(rows), folder / CURVES)
 
-    The curves are those of the whole run, if its last checkpoint is in the folder too.
+
+def write_report(folder: Path, net: nn.Module, checkpoint: dict, data: Datasets, log_probs: torch.Tensor) -> None:
+    """Write the pictures of a checkpoint and its network, and report.md, which shows them.
+
+    log_probs: (N, num_classes) of the test images. The curves are those of the whole run, if its last checkpoint is
+    in the folder too. Raises RunStopped if they cannot be written.
     """
     rows = checkpoint["metrics"]
-    with contextlib.suppress(RunError):  # a damaged last.pt takes nothing from this checkpoint's report
-        last = read_last(folder)
-        rows = last["metrics"] if last and last["metrics"][: len(rows)] == rows else rows
-    test = FixedBatches(test.split, test.normalization, test.batch_size)  # all of them, whatever this process's part
-    class_names = checkpoint["class_names"]
-    labels = torch.from_numpy(test.split.labels)
-    log_probs = compute_log_probs(net, test, device, dtype)
-    counts = count_confusions(labels, log_probs.argmax(dim=1), len(class_names))
-    figures = {
-        CURVES: plot_curves(rows),
-        CONFUSION: plot_confusions(counts, class_names),
-        MISTAKES: plot_mistakes(net, test, log_probs, class_names),
-        AUGMENTATIONS: plot_augmentations(train, class_names),
-    }
-    for name, figure in figures.items():
-        save_figure(figure, folder / name)
+    with contextlib.suppress(UsageError):  # a missing or damaged last.pt takes nothing from this checkpoint's report
+        last = load_checkpoint(folder / LAST)
+        rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
+    names, labels = checkpoint["class_names"], data.test.labels
+    counts = count_confusions(labels, log_probs.argmax(dim=1), len(names))
+    save_curves(rows, folder)
+    save_figure(plot_confusions(counts, names), folder / CONFUSION)
+    save_figure(plot_mistakes(net, data.test, log_probs), folder / MISTAKES)
+    save_figure(plot_augmentations(data.train), folder / AUGMENTATIONS)
     loss = F.nll_loss(log_probs.double(), labels).item()
     write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode())
 

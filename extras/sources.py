@@ -1,13 +1,9 @@
-"""Where images come from: a source gives plain arrays and class names, and everything after it is the same for all.
+"""Where images come from: CIFAR, a folder, drawn shapes. Open it to add a source of your own.
 
-images (N, 32, 32, 3) uint8, labels (N,) int64.
+A source gives plain arrays and class names, and everything after it is the same for all.
 """
 
-import contextlib
-import os
 import pickle
-import tarfile
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-
-class DataError(Exception):
-    """Images that cannot be had or used; the message is one line for the user."""
+from config import UsageError
 
 
 class Split(NamedTuple):
@@ -25,6 +19,10 @@ class Split(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
+
+    def select(self, mask: np.ndarray) -> "Split":
+        """Return the images and labels where the mask (N,) is true."""
+        return Split(self.images[mask], self.labels[mask])
 
 
 class Source(NamedTuple):
@@ -36,92 +34,44 @@ class Source(NamedTuple):
 
 
 def load_source(name: str, data_dir: str | Path) -> Source:
-    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes"; raise DataError if it cannot be had."""
-    loaders = {"cifar10": load_cifar10, "cifar100": load_cifar100, "folder": load_folder, "shapes": load_shapes}
-    source = loaders[name](Path(data_dir))
+    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes"; raise UsageError if it cannot be had."""
+    if name == "shapes":
+        return load_shapes()
+    if name == "folder":
+        return load_folder(Path(data_dir))
+    source = load_cifar(name, Path(data_dir))
     for images, labels in (source.train, source.test):
-        if images.shape != (len(labels), 32, 32, 3) or images.dtype != np.uint8:
-            raise DataError(f"{name} in {data_dir} has images of shape {images.shape}, {images.dtype}: delete it")
-        if labels.min() < 0 or labels.max() >= len(source.class_names):
-            raise DataError(f"{name} in {data_dir} has labels outside 0 to {len(source.class_names) - 1}: delete it")
+        if images.shape != (len(labels), 32, 32, 3) or not 0 <= labels.min() <= labels.max() < len(source.class_names):
+            raise UsageError(f"{name} in {data_dir} is not what it should be: delete it")
     return source
 
 
 # --- CIFAR-10 and CIFAR-100 -------------------------------------------------------------------------
 
 
-def load_cifar10(data_dir: Path) -> Source:
-    """Return CIFAR-10 (Krizhevsky 2009), downloaded into data_dir if it is not there. Raises DataError."""
-    from torchvision.datasets import CIFAR10  # here: it is slow to import, and other sources go without it
+def load_cifar(name: str, data_dir: Path) -> Source:
+    """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir.
 
-    return _load_cifar(CIFAR10, "CIFAR-10", data_dir)
+    torchvision verifies each file's md5 before it unpickles it, and downloads what is damaged again.
+    """
+    from torchvision import datasets  # here: it is slow to import, and other sources go without it
 
-
-def load_cifar100(data_dir: Path) -> Source:
-    """Return CIFAR-100 with its 100 fine classes, downloaded into data_dir if it is not there. Raises DataError."""
-    from torchvision.datasets import CIFAR100
-
-    return _load_cifar(CIFAR100, "CIFAR-100", data_dir)
-
-
-def _load_cifar(dataset: type, title: str, data_dir: Path) -> Source:
-    """Read torchvision's dataset; no file is unpickled before its md5 has been verified."""
-    folder = data_dir / dataset.base_folder
-    if not folder.is_dir():
-        _fetch_cifar(dataset, title, data_dir)
+    dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
-        train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        meta = dataset.meta["filename"], dataset.meta["md5"]
-        for name, md5 in [*dataset.train_list, *dataset.test_list, meta]:
-            _check_md5(folder / name, md5, delete=folder)
-        raise DataError(f"{title} cannot be read ({error}): delete {folder} and it is downloaded again") from None
+        train = dataset(data_dir, train=True, download=True)
+        test = dataset(data_dir, train=False)
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        raise UsageError(
+            f"{name} is not whole in {data_dir} and cannot be downloaded ({error}): put {dataset.url} "
+            f"(md5 {dataset.tgz_md5}) there, or name the folder that holds {dataset.base_folder} with --data-dir, "
+            f"or train on generated pictures with --dataset shapes"
+        ) from None
     return Source(
         # torchvision's images are a transposed view; every later read wants them in one piece
         Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),
         Split(np.ascontiguousarray(test.data), np.array(test.targets, dtype=np.int64)),
         tuple(train.classes),
     )
-
-
-def _fetch_cifar(dataset: type, title: str, data_dir: Path) -> None:
-    """Download and unpack in a temporary folder, so that only what is whole gets its name in data_dir."""
-    from torchvision.datasets.utils import extract_archive
-
-    archive = data_dir / dataset.filename
-    if archive.exists():
-        _check_md5(archive, dataset.tgz_md5, delete=archive)
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{dataset.base_folder}-", dir=data_dir)
-    except OSError as error:
-        raise DataError(f"data_dir {data_dir} cannot be written ({error.strerror}): name another, --data-dir") from None
-    with temporary as folder:
-        try:
-            if archive.exists():
-                extract_archive(archive, folder)
-            else:
-                dataset(folder, download=True)
-        except (OSError, RuntimeError, tarfile.TarError) as error:
-            raise DataError(
-                f"{title} is not in {data_dir} and cannot be downloaded ({error}); either put {dataset.url} "
-                f"(md5 {dataset.tgz_md5}) at {archive}, or name the folder that holds it with --data-dir, "
-                f"or train on generated pictures with --dataset shapes"
-            ) from None
-        with contextlib.suppress(OSError):  # another run may have been faster
-            os.replace(Path(folder, dataset.base_folder), data_dir / dataset.base_folder)
-
-
-def _check_md5(path: Path, md5: str, delete: Path) -> None:
-    from torchvision.datasets import cifar
-
-    try:
-        whole = cifar.check_integrity(str(path), md5)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror})") from None
-    if not whole:
-        fault = "is damaged (its md5 is wrong)" if path.exists() else "is missing"
-        raise DataError(f"{path} {fault}: delete {delete} and it is downloaded again")
 
 
 # --- a folder of images -----------------------------------------------------------------------------
@@ -131,26 +81,26 @@ def load_folder(data_dir: Path) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
     The classes are the folders' names in alphabetical order; names that begin with a dot are left out.
-    Raises DataError, naming it, for a folder that is missing or empty, and for a file that is no image.
+    Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is no image.
     """
     class_names = _visible(data_dir / "train")
     if _visible(data_dir / "test") != class_names:
-        raise DataError(f"{data_dir / 'train'} and {data_dir / 'test'} must hold the same classes, a folder for each")
+        raise UsageError(f"{data_dir / 'train'} and {data_dir / 'test'} must hold the same classes, a folder for each")
     train, test = (_read_classes(data_dir / part, class_names) for part in ("train", "test"))
     return Source(train, test, tuple(class_names))
 
 
 def _visible(folder: Path) -> list[str]:
-    """Return the sorted names of what a folder holds; raise DataError if it is none or holds nothing."""
+    """Return the sorted names of what a folder holds; raise UsageError if it is none or holds nothing."""
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise DataError(
+        raise UsageError(
             f"{folder} cannot be read ({error.strerror}): --dataset folder reads DATA_DIR/train/CLASS/IMAGE and "
             f"DATA_DIR/test/CLASS/IMAGE"
         ) from None
     if not names:
-        raise DataError(f"{folder} is empty: each class needs images")
+        raise UsageError(f"{folder} is empty: each class needs images")
     return names
 
 
@@ -163,14 +113,14 @@ def _read_classes(folder: Path, class_names: list[str]) -> Split:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises DataError."""
+    """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
     try:
         with Image.open(path) as image:
             return resize_image(image)
     except OSError as error:
-        raise DataError(f"{path} cannot be read as an image ({error.strerror or 'damaged, or no image'})") from None
+        raise UsageError(f"{path} cannot be read as an image ({error.strerror or 'damaged, or no image'})") from None
     except Exception as error:  # what Pillow's decoders raise at a damaged file is theirs to choose
-        raise DataError(f"{path} cannot be read as an image ({error})") from None
+        raise UsageError(f"{path} cannot be read as an image ({error})") from None
 
 
 def resize_image(image: Image.Image) -> np.ndarray:
@@ -204,9 +154,9 @@ SHAPES = {
 }
 
 
-def load_shapes(data_dir: Path | None = None) -> Source:
+def load_shapes() -> Source:
     """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
-    rng = np.random.Generator(np.random.Philox(key=0))
+    rng = np.random.default_rng(0)
     return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
 
 

@@ -1,7 +1,8 @@
 """What a trained network says of images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
 
 import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,25 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from checkpoint import load_checkpoint, load_weights
-from dataset import FixedBatches, make_normalization
+from dataset import ImageDataset, make_loader
+from extras.runs import load_weights
+from extras.sources import read_image, resize_image
 from model import Net
-from sources import Split, read_image, resize_image
-
-
-class Mirrored(nn.Module):
-    """The mean of a network's probabilities for an image and its mirror image, as log-probabilities (N, num_classes).
-
-    The simplest test-time augmentation.
-    """
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.logaddexp(self.net(x), self.net(x.flip(3))) - math.log(2)
+from utils import load_checkpoint
 
 
 class Prediction(NamedTuple):
@@ -39,23 +29,49 @@ class Prediction(NamedTuple):
 
 
 def load_network(path: str | Path) -> tuple[Net, dict]:
-    """Return the network of a checkpoint, in evaluation mode on the CPU, and the checkpoint. Raises RunError."""
+    """Return the network of a checkpoint, in evaluation mode on the CPU, and the checkpoint. Raises UsageError."""
     checkpoint = load_checkpoint(path)
     net = Net(num_classes=len(checkpoint["class_names"]))
     load_weights(net, checkpoint)
     return net.to(memory_format=torch.channels_last).eval(), checkpoint
 
 
+@torch.inference_mode()
+def compute_log_probs(
+    net: nn.Module,
+    loader: DataLoader,
+    dtype: torch.dtype = torch.float32,
+    mirrored: bool = False,
+    description: str = "",
+) -> torch.Tensor:
+    """Return the log-probabilities (N, num_classes) of all the loader's images, float32 on the CPU.
+
+    mirrored: those of the mirror images. description: that of the bar in a terminal; without it there is none.
+    """
+    net.eval()
+    device, outputs = next(net.parameters()).device, []
+    for images, _ in tqdm(loader, description, disable=not (description and sys.stderr.isatty()), dynamic_ncols=True):
+        images = (images.flip(3) if mirrored else images).to(device, memory_format=torch.channels_last)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            outputs.append(net(images).float().cpu())
+    return torch.cat(outputs)
+
+
+def average_views(log_probs: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the probabilities of two views of each image, as log-probabilities (N, num_classes)."""
+    return torch.logaddexp(log_probs, mirrored) - math.log(2)
+
+
 def to_picture(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
     """Return an image, (H, W, 3) or (H, W) uint8 if it is an array, as a (32, 32, 3) uint8 array.
 
-    Raises DataError for a file that is no image, ValueError for another array.
+    Raises UsageError for a file that is no image and for another array.
     """
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
-            raise ValueError(f"an array must be (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
+            raise UsageError(f"an array must be (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
         image = Image.fromarray(image)
     return resize_image(image)
 
@@ -64,23 +80,22 @@ def predict(checkpoint: str | Path, images: Sequence[str | Path | np.ndarray | I
     """Return what the checkpoint's network says of each image: a file's path, a uint8 array, or a PIL image.
 
     Images are resized to 32x32 and normalized as in the checkpoint's training; computed on the CPU in float32.
-    Raises RunError for a checkpoint and DataError for a file that cannot be used.
+    Raises UsageError for a checkpoint or an image that cannot be used.
     """
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
         raise TypeError("images must be a list of images, or an array (N, H, W, 3)")
     net, checkpoint = load_network(checkpoint)
+    names = checkpoint["class_names"]
     if len(images) == 0:
         return []
     pictures = np.stack([to_picture(image) for image in images])
-    normalization = make_normalization(checkpoint["mean"], checkpoint["std"])
-    batches = FixedBatches(Split(pictures, np.zeros(len(pictures), dtype=np.int64)), normalization, batch_size=128)
-    log_probs = compute_log_probs(net, batches, torch.device("cpu"), torch.float32)
+    labels = np.zeros(len(pictures), dtype=np.int64)  # not known, not used
+    dataset = ImageDataset(pictures, labels, names, checkpoint["mean"], checkpoint["std"])
     predictions = []
-    for row in log_probs.exp():
+    for row in compute_log_probs(net, make_loader(dataset, batch_size=128)).exp():
         probability, order = row.sort(descending=True, stable=True)
-        names = [checkpoint["class_names"][index] for index in order]
-        ranked = dict(zip(names, probability.tolist(), strict=True))
-        predictions.append(Prediction(names[0], ranked[names[0]], ranked))
+        ranked = dict(zip([names[index] for index in order], probability.tolist(), strict=True))
+        predictions.append(Prediction(*next(iter(ranked.items())), ranked))
     return predictions
 
 
@@ -89,11 +104,3 @@ def print_predictions(path: str, images: list[str]) -> None:
     for image, prediction in zip(images, predict(path, images), strict=True):
         likeliest = list(prediction.probabilities.items())[:3]
         print(f"{image}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
-
-
-@torch.inference_mode()
-def compute_log_probs(net: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """Return the log-probabilities (N, num_classes) of all batches' images, float32 on the CPU."""
-    net.eval()
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return torch.cat([net(images.to(device, non_blocking=True)).cpu() for images, _ in batches])

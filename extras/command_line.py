@@ -1,0 +1,165 @@
+"""What stands after ``python train.py``: open it to add a flag that is no setting of config.py."""
+
+import contextlib
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import simple_parsing
+from torch import distributed as dist
+
+from config import Config, UsageError, check, config
+from extras.distributed import first_to_fail, launcher, process_group
+from extras.evaluate import evaluate
+from extras.failures import describe_failure, ignore_signals, stop_on_signals
+from extras.predict import print_predictions
+from extras.runs import describe_progress, new_run_dir, resumed_config
+from extras.speed import keep_freed_memory
+
+WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
+
+# What may be given beside --resume, --evaluate and --predict; the rest follows from the run or the checkpoint.
+GIVEN_WITH = {
+    "resume": {"epochs", "num_workers", "device", "precision", "data_dir"},
+    "evaluate": {"batch_size", "device", "precision", "data_dir"},
+    "predict": set(),
+}
+
+
+class Arguments(NamedTuple):
+    """What the command line asks for; `given` holds the fields of `config` that stand on it.
+
+    predict: images; `evaluate` names the checkpoint then. report: whether pictures are drawn. tta: whether
+    `evaluate` gives the accuracy with mirrored images too.
+    """
+
+    config: Config
+    given: dict[str, object]
+    resume: str | None
+    evaluate: str | None
+    predict: list[str] | None
+    report: bool
+    tta: bool
+
+
+class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
+    """A line for each setting where the terminal is wide enough; no "(default: )" where there is none."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=42)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
+
+
+class _Parser(simple_parsing.ArgumentParser):
+    """argparse with fields of a dataclass as flags; errors are one line on stderr, exit code 2."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def format_help(self) -> str:
+        return super().format_help().replace("Config ['config']:", "settings:")
+
+
+def make_parser() -> _Parser:
+    """Return the parser; simple_parsing makes a flag of each field of Config, with the comment beside it as help."""
+    parser = _Parser(
+        prog="train.py",
+        usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--predict IMAGE ...] [--SETTING VALUE ...]",
+        description="Train the 138,666-parameter network on CIFAR-10.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+        add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
+    )
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
+    modes.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
+    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
+    parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
+    parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
+    parser.add_arguments(Config, dest="config", default=config)
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Arguments:
+    """Read the command line; a wrong one ends the program with one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
+    if unknown:
+        known = [*flags, "--resume", "--evaluate", "--predict", "--tta", "--no-report", "--help"]
+        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+        parser.error(f"unknown argument {unknown[0]}: {hint}")
+    try:
+        check(arguments.config)
+    except UsageError as error:
+        parser.error(str(error))
+    words = {word.split("=")[0] for word in argv}
+    given = {flag: name for flag, name in flags.items() if words & {flag, flag.replace("--", "--no", 1)}}
+    for mode, allowed in GIVEN_WITH.items():
+        for flag, name in given.items():
+            if getattr(arguments, mode) is not None and name not in allowed:
+                parser.error(f"{flag} cannot be given with --{mode}")
+    if arguments.tta and (arguments.evaluate is None or arguments.predict):
+        parser.error("--tta goes with --evaluate PATH only")
+    if arguments.predict:
+        if arguments.resume is not None or arguments.no_report:
+            parser.error("--predict goes with --evaluate PATH only")
+        arguments.evaluate = arguments.evaluate if arguments.evaluate is not None else str(WEIGHTS)
+    values = {name: getattr(arguments.config, name) for name in given.values()}
+    modes = arguments.resume, arguments.evaluate, arguments.predict
+    return Arguments(arguments.config, values, *modes, report=not arguments.no_report, tta=arguments.tta)
+
+
+def run(main: Callable[..., None]) -> None:
+    """Do what the command line asks, by main(config, resume, report) where it is to train.
+
+    An end before time is one line on stderr and an exit code that is not 0; one line in all, if several processes
+    share the run.
+    """
+    arguments = parse_args()
+    if arguments.resume is None:
+        config = replace(arguments.config, run_dir=arguments.config.run_dir or new_run_dir())
+    else:
+        config = replace(arguments.config, run_dir=arguments.resume)
+    stop_on_signals()
+    keep_freed_memory()
+    shared = process_group(config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext()
+    try:
+        with shared:
+            carry_out(arguments, config, main)
+        return
+    except BaseException as error:
+        ignore_signals()
+        if dist.is_initialized() and not first_to_fail():
+            sys.exit(1)
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        resumable = getattr(error, "resumable", True)
+    # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
+    code, message = failure
+    if code != 2 and arguments.evaluate is None:
+        message += f"; {describe_progress(config.run_dir, resumable, launcher())}"
+    print(f"train.py: {message}\n", end="", file=sys.stderr)  # one piece: torchrun writes there too
+    sys.exit(code)
+
+
+def carry_out(arguments: Arguments, config: Config, main: Callable[..., None]) -> None:
+    """Train, continue, evaluate or predict. Evaluation and prediction are the work of one process."""
+    if arguments.resume is not None:
+        main(resumed_config(arguments.resume, arguments.given), resume=True, report=arguments.report)
+    elif arguments.evaluate is None:
+        main(config, report=arguments.report)
+    elif dist.is_initialized() and dist.get_rank() > 0:
+        return
+    elif arguments.predict:
+        print_predictions(arguments.evaluate, arguments.predict)
+    else:
+        evaluate(arguments.evaluate, {"device": config.device} | arguments.given, arguments.report, arguments.tta)

@@ -1,0 +1,173 @@
+"""One run in several processes, started by torchrun: open it when one GPU is not enough."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from config import UsageError
+
+# Of a wait for another process: longer than rank 0 takes to download the images.
+TIMEOUT = timedelta(minutes=30)
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's number among those of the run, and how many they are: (0, 1) in a run of one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def launcher() -> str:
+    """Return what to start train.py with, to have as many processes again; for several machines only "torchrun ..."."""
+    if not dist.is_initialized():
+        return "python"
+    return (
+        f"torchrun --nproc-per-node {dist.get_world_size()}"
+        if os.environ["GROUP_WORLD_SIZE"] == "1"
+        else "torchrun ..."
+    )
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the other processes that torchrun started, each with a CUDA device of its own.
+
+    Processes other than rank 0 say nothing, until first_to_fail lets one.
+    """
+    cuda = torch.cuda.is_available() and dist.is_nccl_available()
+    # gloo carries what is on the CPU, the messages of a run on CUDA too: it notices at once when a peer is gone
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    rank, world_size = rank_and_world_size()
+    if rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not for {world_size} processes: give --device cuda, one each, or cpu")
+    if device != "cpu" and cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    yield
+    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one.
+    sum_over_processes(torch.zeros(()))  # a barrier
+    dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """Whether this process is the first of the run to fail, and so the one that says why; it can be heard then.
+
+    The others fail because it did. torchrun's own process keeps the count, so a killed rank 0 changes nothing.
+    """
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        first = dist.TCPStore(*address, timeout=timedelta(seconds=5)).add(f"failures of attempt {attempt}", 1) == 1
+    except dist.DistError:  # torchrun is gone too
+        first = True
+    if first:
+        sys.stderr = sys.__stderr__
+    return first
+
+
+def first_rank_first(function: Callable, *args):
+    """Return function(*args), called by rank 0 first, then by the first process of every other machine, then the rest.
+
+    So what one has downloaded to a disk that others see, they find there. They fail if it fails.
+    """
+    turn = (dist.get_rank() > 0) + (int(os.environ["LOCAL_RANK"]) > 0)
+    for number in range(3):
+        if number == turn:
+            result = function(*args)
+        sum_over_processes(torch.zeros(()))  # a barrier
+    return result
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Replace a tensor's values by their sums over all processes, and return it."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def share_training(net: nn.Module) -> None:
+    """Make training in several processes that of one: rank 0's weights, BatchNorm over all images of a batch.
+
+    Each image counts the same: a process's mean loss counts by its part of the batch's images. The gradients are
+    summed by sum_gradients. Names and parameters stay.
+    """
+    for tensor in net.state_dict().values():
+        dist.broadcast(tensor, 0)  # another kind of machine might have drawn others
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = SharedBatchNorm2d
+    net.register_forward_hook(_weigh_by_images)
+
+
+def _weigh_by_images(net: nn.Module, args: tuple, log_probs: torch.Tensor) -> None:
+    if log_probs.requires_grad:
+        own = torch.full((), len(log_probs), dtype=torch.float32, device=log_probs.device)
+        part = own / sum_over_processes(own.clone())
+        log_probs.register_hook(lambda gradient: gradient * part)
+
+
+def sum_gradients(net: nn.Module) -> None:
+    """Replace the gradients by their sums over all processes.
+
+    They are one message in one order. DistributedDataParallel regroups them after its first step (unless told
+    find_unused_parameters=True), and the sums of three processes or more are rounded differently then: a resumed run
+    would not be the same run. What it gains by sending the first gradients during backward needs more than this
+    network's 0.55 MB.
+    """
+    gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    sums = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = sums.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d over the images of all processes; nn.SyncBatchNorm refuses the CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x)
+        with torch.no_grad():
+            count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+            # Those of this process's images; with momentum 0 nothing is updated.
+            mean, var = torch.batch_norm_update_stats(x, self.running_mean, self.running_var, 0.0)
+            mean, var = mean.double(), var.double()  # for the difference of squares below
+            sums = sum_over_processes(torch.cat([count * mean, count * (var + mean**2), count]))
+            mean, square = (sums[:-1] / sums[-1]).chunk(2)
+            var = square - mean**2
+            unbiased = var * sums[-1] / (sums[-1] - 1)
+            mean, var, unbiased, count = (part.to(self.weight.dtype) for part in (mean, var, unbiased, sums[-1]))
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        return _Normalize.apply(x, self.weight, self.bias, mean, var, count, self.eps)
+
+
+class _Normalize(torch.autograd.Function):
+    """BatchNorm's arithmetic with given mean and variance (C,) of `count` values of x, some in other processes."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, count, eps):
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, mean, var, count = ctx.saved_tensors
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+        )
+        # Each x also moves the mean and the variance, and with them everybody's output.
+        by_var, by_mean = sum_over_processes(torch.stack([grad_weight, grad_bias])) / count
+        inverse_std = torch.rsqrt(var + ctx.eps)
+        scale = weight * inverse_std
+        slope = -scale * inverse_std * by_var
+        shift = -scale * by_mean - slope * mean
+        scale, slope, shift = (values[:, None, None] for values in (scale, slope, shift))
+        grad_x = torch.addcmul(shift, x, slope).addcmul_(grad, scale).to(x.dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None

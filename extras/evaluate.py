@@ -1,0 +1,67 @@
+"""A checkpoint on the test images, at the end of a run or with --evaluate."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from config import Config, UsageError
+from dataset import Datasets, ImageDataset, load_datasets, make_loader
+from extras.predict import average_views, compute_log_probs, load_network
+from extras.runs import BEST, LAST, best_row, read_config
+from utils import DTYPES, choose_device, choose_precision
+
+
+def print_accuracy(title: str, log_probs: torch.Tensor, dataset: ImageDataset) -> None:
+    """Print loss and accuracy of log-probabilities (N, num_classes) of a dataset's images."""
+    loss = F.nll_loss(log_probs.double(), dataset.labels).item()
+    accuracy = 100 * (log_probs.argmax(dim=1) == dataset.labels).double().mean().item()
+    print(f"{title} Loss: {loss:.4f}, {title} Acc: {accuracy:.4f}")
+
+
+def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
+    """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
+
+    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
+    images is printed too. Raises UsageError.
+    """
+    net, checkpoint = load_network(path)
+    config = replace(read_config(checkpoint["config"], path), **{"device": "auto", **given})
+    device = choose_device(config.device)
+    dtype = DTYPES[choose_precision(config.precision, device)]
+    data = load_datasets(config, (checkpoint["mean"], checkpoint["std"]))
+    if data.test.class_names != checkpoint["class_names"]:
+        raise UsageError(f"checkpoint {path} was trained on other classes than those of the images")
+    loader = make_loader(data.test, config.batch_size)
+    net.to(device)
+    log_probs = compute_log_probs(net, loader, dtype, description="Test")
+    print_accuracy("Test", log_probs, data.test)
+    if tta:
+        mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
+        print_accuracy("Mirrored Test", average_views(log_probs, mirrored), data.test)
+    if report:
+        from extras.report import PAGE, write_report  # here: matplotlib is slow to import
+
+        write_report(Path(path).parent, net, checkpoint, data, log_probs)
+        print(f"A report with pictures is in {Path(path).parent / PAGE}")
+
+
+def finish(config: Config, data: Datasets, report: bool) -> None:
+    """Print a run's best accuracy; test the best epoch's network if images were held out to choose it; draw pictures.
+
+    The pictures are those of the network that was tested; without held-out images, of the last epoch's.
+    """
+    net, checkpoint = load_network(Path(config.run_dir, BEST if config.valid_split > 0 else LAST))
+    best = best_row(checkpoint["metrics"])
+    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
+    if config.valid_split == 0 and not report:
+        return
+    loader = make_loader(data.test, config.batch_size)
+    log_probs = compute_log_probs(net.to(config.device), loader, DTYPES[config.precision], description="Test")
+    if config.valid_split > 0:
+        print_accuracy("Test", log_probs, data.test)
+    if report:
+        from extras.report import write_report
+
+        write_report(Path(config.run_dir), net, checkpoint, data, log_probs)

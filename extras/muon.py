@@ -1,0 +1,46 @@
+"""The optimizer of most weights: open it to see how Muon makes a step orthogonal."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for convolutions, whose weight (O, I, h, w) is taken as the matrix (O, I*h*w).
+
+    Each step's matrix is replaced by a nearly orthogonal one, so that every direction in which the layer can
+    change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
+    for matrices, but computes in bfloat16 always: several times slower on a CPU that has none.
+
+    weight_decay: a step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """
+
+    def __init__(self, weights: Sequence[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look ahead."""
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                average = state["momentum_buffer"]
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
+                height, width = update.shape
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, height / width) ** 0.5)
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the matrix with all its singular values brought near 1: five steps of Jordan's Newton-Schulz iteration."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x

@@ -1,0 +1,228 @@
+"""A run's folder: open it to see what a run leaves on the disk, and how it is continued as if it had not stopped."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import Config, UsageError, check
+from dataset import ImageDataset
+from utils import load_checkpoint, save_checkpoint, write_atomically
+
+CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
+
+
+def new_run_dir() -> str:
+    """Return the name of a new run's folder: runs/ and the date and time."""
+    return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
+
+
+def refuse_second_use(run_dir: str) -> None:
+    """Raise UsageError if the folder holds a run already."""
+    if any(Path(run_dir, name).exists() for name in (CONFIG, LAST)):
+        raise UsageError(
+            f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another folder"
+        )
+
+
+class Run:
+    """An open run: what restores it and what saves it. Of several processes, only rank 0 writes."""
+
+    def __init__(self, config: Config, train: ImageDataset, rank: int, world_size: int, report: bool):
+        self.config, self.train, self.folder = config, train, Path(config.run_dir)
+        self.rank, self.world_size, self.report = rank, world_size, report
+
+    def restore(
+        self, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
+    ) -> list[dict]:
+        """Load the last checkpoint, if an epoch is finished already; return the metrics of each epoch so far.
+
+        Raises UsageError, with the network unchanged, for a checkpoint of other images or another network.
+        """
+        rows, path = [], self.folder / LAST
+        if path.exists():
+            checkpoint = load_checkpoint(path)
+            self._check(checkpoint)
+            load_weights(net, checkpoint)
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            if checkpoint["scaler"]:  # none of another precision than float16
+                scaler.load_state_dict(checkpoint["scaler"])
+            rows = checkpoint["metrics"]
+            print(f"Continuing after epoch {len(rows)}")
+            if self.rank == 0:
+                self._follow_last(checkpoint)
+        if self.rank == 0:
+            write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
+        return rows
+
+    def save(
+        self,
+        rows: list[dict],
+        net: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        scaler: torch.amp.GradScaler,
+    ) -> None:
+        """Write the files of a finished epoch. It counts as saved when it is in last.pt; the others follow from that.
+
+        Raises RunStopped if they cannot be written.
+        """
+        if self.rank > 0:
+            return
+        checkpoint = {
+            "config": asdict(self.config),
+            "class_names": self.train.class_names,
+            "mean": self.train.mean,
+            "std": self.train.std,
+            "processes": self.world_size,
+            "epoch": len(rows),
+            "metrics": rows,
+            "model": net.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(),
+        }
+        save_checkpoint(self.folder / LAST, checkpoint)
+        self._follow_last(checkpoint)
+        if self.report:
+            from extras.report import save_curves  # here: matplotlib is slow to import
+
+            save_curves(rows, self.folder)
+
+    def _check(self, checkpoint: dict) -> None:
+        """Raise UsageError if the run cannot be continued as it is; say so if it will not be the same bit for bit."""
+        statistics = (
+            torch.tensor([self.train.mean, self.train.std]),
+            torch.tensor([checkpoint["mean"], checkpoint["std"]]),
+        )
+        if self.train.class_names != checkpoint["class_names"] or not torch.allclose(*statistics):
+            where = self.config.data_dir
+            raise UsageError(f"the images in {where} are not those that this run began with: give --data-dir")
+        done, before = checkpoint["epoch"], checkpoint["processes"]
+        if self.config.epochs < done:
+            raise UsageError(f"epochs cannot become {self.config.epochs}: {done} are done already")
+        if before != self.world_size:
+            print(f"Note: processes: {before} before, {self.world_size} now: no longer bit for bit the undisturbed run")
+
+    def _follow_last(self, checkpoint: dict) -> None:
+        """Bring best.pt and metrics.csv up to last.pt, after an epoch or after a kill that came in between."""
+        rows = checkpoint["metrics"]
+        if best_row(rows) is rows[-1]:
+            save_checkpoint(self.folder / BEST, checkpoint)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.folder / METRICS, text.getvalue().encode())
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config, train: ImageDataset, resume: bool = False, rank: int = 0, world_size: int = 1, report: bool = True
+) -> Iterator[Run]:
+    """Create a new run's folder, or take one to resume, and lock it.
+
+    train: the images; their class names and statistics go into the checkpoints. report: whether curves are drawn.
+    Raises UsageError if the folder cannot be written, is in use, or holds a run when a new one is wanted.
+    """
+    run = Run(config, train, rank, world_size, report)
+    if rank > 0:
+        yield run
+        return
+    try:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        lock = open(run.folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"run_dir {run.folder} cannot be written ({error.strerror})") from None
+    with lock:
+        _lock(lock, run.folder)
+        if not resume:
+            refuse_second_use(config.run_dir)
+        for leftover in run.folder.glob("*.tmp"):  # of a run that was killed while it wrote
+            leftover.unlink(missing_ok=True)
+        yield run
+
+
+def _lock(file, folder: Path) -> None:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            # A record lock: unlike flock, it is not kept by the workers that outlive a killed run by seconds.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(f"run_dir {folder} is in use by another run: wait for its end, or name another") from None
+    except OSError:
+        pass  # a filesystem without locks: the run matters more than the guard
+
+
+def best_row(rows: list[dict]) -> dict:
+    """Return the metrics of the epoch with the best validation accuracy, the first of equals."""
+    return max(rows, key=lambda row: row["valid_accuracy"])
+
+
+def load_weights(net: nn.Module, checkpoint: dict) -> None:
+    """Load a checkpoint's weights; raise UsageError, the network unchanged, if they are another network's."""
+    ours, theirs = net.state_dict(), checkpoint["model"]
+    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
+        raise UsageError("the checkpoint is of another architecture than the one in model.py")
+    net.load_state_dict(theirs)
+
+
+def read_config(settings: dict, where: str | Path) -> Config:
+    """Return the Config of saved settings, without those that this version does not have.
+
+    Raises UsageError, naming where they were, for one that cannot be used.
+    """
+    names = {field.name for field in fields(Config)}
+    config = Config(**{name: value for name, value in settings.items() if name in names})
+    try:
+        check(config)
+    except UsageError as error:
+        raise UsageError(f"the settings saved in {where} cannot be used ({error})") from None
+    return config
+
+
+def resumed_config(run_dir: str, given: dict) -> Config:
+    """Return the settings of the run in run_dir, but for those given now. Raises UsageError if it cannot go on."""
+    path = Path(run_dir, CONFIG)
+    try:
+        settings = json.loads(path.read_text())
+        others = sorted(settings.keys() ^ {field.name for field in fields(Config)})
+    except FileNotFoundError:
+        raise UsageError(f"{run_dir} holds no run: there is no {CONFIG}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} cannot be read ({error})") from None
+    if others:
+        raise UsageError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
+    saved = read_config(settings, path)
+    config = replace(saved, run_dir=run_dir, **given)
+    if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
+        raise UsageError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
+    return config
+
+
+def describe_progress(run_dir: str, resumable: bool, launcher: str) -> str:
+    """Return what is saved of a run that ended early, and the command that continues it if that makes sense.
+
+    launcher: what comes before train.py in that command.
+    """
+    if not Path(run_dir, CONFIG).exists():
+        return "nothing was written"
+    try:
+        saved = f"epoch {load_checkpoint(Path(run_dir, LAST))['epoch']} is saved"
+    except UsageError as error:
+        saved = str(error) if Path(run_dir, LAST).exists() else "no epoch is finished yet"
+    return f"{saved}; to continue: {launcher} train.py --resume {shlex.quote(run_dir)}" if resumable else saved

@@ -1,0 +1,46 @@
+"""Worker processes that leave signals and words to the main process: open it when a DataLoader's workers misbehave."""
+
+import multiprocessing
+import os
+import signal
+import sys
+from multiprocessing import resource_tracker
+
+import cv2
+from torch.utils.data import DataLoader
+
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+class QuietDataLoader(DataLoader):
+    """A DataLoader that Ctrl-C ends without a word from its workers, and whose workers have one thread each."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, worker_init_fn=_start_worker, **kwargs)
+
+    def __iter__(self):
+        """Start the workers with the stop signals blocked: _start_worker unblocks them once it is ready."""
+        if self.num_workers == 0:
+            cv2.setNumThreads(0)  # an image of 32x32 pixels is too small for OpenCV's own threads
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        if self.num_workers and multiprocessing.get_start_method() != "fork":
+            resource_tracker.ensure_running()  # or its start, with the first worker's, would unblock the signals
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
+    # The thread that hands batches over would tell stderr when the main process, stopped by a signal, lets go of one.
+    # An error in the pipeline does not come this way: the main process gets it, and says it.
+    sys.excepthook = lambda *args: None
+    # A terminal's Ctrl-C and a cluster's SIGTERM reach the whole process group. The main process ends its
+    # workers itself; SIGTERM must still work, and with exit code 0 torch does not take it for a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
