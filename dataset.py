@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from config import Config, UsageError
 from extras.sources import load_source
 from extras.transforms import RepeatableCompose, ShiftScaleRotate, SquareHole
-from extras.workers import QuietDataLoader
+from extras.workers import QuietDataLoader, start_worker
 
 
 class ImageDataset(Dataset):
@@ -57,7 +57,7 @@ class ImageDataset(Dataset):
         return self.__getitems__([range(len(self))[index]])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Return the items of a batch: DataLoader calls this, for to normalize them together takes a fifth of the time."""
+        """Return a batch's items. DataLoader calls this: to normalize them together takes a fifth of the time."""
         images = self.normalization(images=self.augment(indices))["images"]
         return list(zip(images, self.labels[indices].tolist(), strict=True))
 
@@ -180,10 +180,12 @@ def make_loader(
     world_size: int = 1,
 ) -> DataLoader:
     """Return a loader of batches: images (N, 3, 32, 32) float32, labels (N,) int64; 0 workers: made in this process."""
-    return QuietDataLoader(
+    loader = QuietDataLoader if num_workers else DataLoader
+    return loader(
         dataset,
         batch_sampler=EpochBatches(dataset, batch_size, shuffle, rank, world_size),
         num_workers=num_workers,
+        worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_initialized(),  # the network is on CUDA
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers

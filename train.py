@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from config import Config, check
 from dataset import load_datasets, make_loader
 from extras import command_line
-from extras.distributed import first_rank_first, rank_and_world_size, share_training, sum_gradients
+from extras.distributed import first_rank_first, share_training, sum_gradients
 from extras.evaluate import finish
 from extras.muon import Muon
 from extras.runs import new_run_dir, open_run, refuse_second_use
@@ -135,8 +135,8 @@ def train_one_epoch(
     Raises RunStopped for a loss that is not finite; the network is of no use then.
     """
     net.train()
-    meter = Meter(description, len(loader), next(net.parameters()).device)
     factors = [1.0] * len(loader) if factors is None else factors
+    meter = Meter(description, len(factors), next(net.parameters()).device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for factor, (images, labels) in zip(factors, with_progress(loader, meter), strict=True):
         for group in groups:
@@ -192,7 +192,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     """
     config = resolve(config)
     device, dtype = torch.device(config.device), DTYPES[config.precision]
-    rank, world_size = rank_and_world_size()  # 0 and 1, unless torchrun started several processes
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if not resume:
         refuse_second_use(config.run_dir)
 
@@ -202,8 +202,11 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
 
     make_deterministic(config.deterministic)
     seed_torch(config.seed)
+    print(f"Device: {describe_device(device)}, precision {config.precision}, {config.num_workers} workers.")
+    print(f"Run: {config.run_dir}", flush=True)
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
     net.to(device, memory_format=torch.channels_last)
+    print_summary(net)
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if world_size > 1:
@@ -212,11 +215,6 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
         compile_in_place(net, world_size)
 
     with open_run(config, data.train, resume, rank, world_size, report) as run:
-        print_summary(net)
-        print(
-            f"Device: {describe_device(device)}, precision {config.precision}, {config.num_workers} workers.", end=" "
-        )
-        print(f"Run: {config.run_dir}", flush=True)
         rows = run.restore(net, optimizers, scaler)
         for epoch in range(len(rows) + 1, config.epochs + 1):
             seed_torch(config.seed, epoch, rank)

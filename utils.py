@@ -150,13 +150,13 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
     """
     device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied
-    with tqdm(total=len(loader), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
+    with tqdm(total=len(meter.losses), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
         looked = time.monotonic()
         for step, (images, labels) in enumerate(loader, start=1):
             images = images.to(device, memory_format=torch.channels_last, non_blocking=non_blocking)
             yield images, labels.to(device, non_blocking=non_blocking)
             bar.update()
-            if time.monotonic() - looked > 0.25 or step == len(loader):
+            if time.monotonic() - looked > 0.25 or step == len(meter.losses):
                 result = meter.result()
                 bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", loss=f"{result['loss']:.4f}")
                 looked = time.monotonic()

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -11,10 +12,10 @@ from typing import NamedTuple
 import simple_parsing
 from torch import distributed as dist
 
-from config import Config, UsageError, check, config
+from config import Config, check, config
 from extras.distributed import first_to_fail, launcher, process_group
 from extras.evaluate import evaluate
-from extras.failures import describe_failure, ignore_signals, stop_on_signals
+from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
 from extras.runs import describe_progress, new_run_dir, resumed_config
 from extras.speed import keep_freed_memory
@@ -81,7 +82,11 @@ def make_parser() -> _Parser:
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
-    parser.add_arguments(Config, dest="config", default=config)
+    try:
+        parser.add_arguments(Config, dest="config", default=config)
+    except Exception:  # simple_parsing's, of a default in config.py that it cannot use: say which
+        check(config)
+        raise
     return parser
 
 
@@ -96,10 +101,6 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
         nearest = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
-    try:
-        check(arguments.config)
-    except UsageError as error:
-        parser.error(str(error))
     words = {word.split("=")[0] for word in argv}
     given = {flag: name for flag, name in flags.items() if words & {flag, flag.replace("--", "--no", 1)}}
     for mode, allowed in GIVEN_WITH.items():
@@ -115,6 +116,24 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
     values = {name: getattr(arguments.config, name) for name in given.values()}
     modes = arguments.resume, arguments.evaluate, arguments.predict
     return Arguments(arguments.config, values, *modes, report=not arguments.no_report, tta=arguments.tta)
+
+
+def stop_on_signals() -> None:
+    """From now on raise Stop, instead of what Python does, at Ctrl-C and SIGTERM."""
+
+    def stop(signum, frame):
+        raise Stop(signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+
+
+def ignore_signals() -> None:
+    """From now on ignore Ctrl-C, SIGTERM, and torch's alarm at the end of a worker: the program is ending already."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def run(main: Callable[..., None]) -> None:

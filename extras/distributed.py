@@ -17,11 +17,6 @@ from config import UsageError
 TIMEOUT = timedelta(minutes=30)
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's number among those of the run, and how many they are: (0, 1) in a run of one."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def launcher() -> str:
     """Return what to start train.py with, to have as many processes again; for several machines only "torchrun ..."."""
     if not dist.is_initialized():
@@ -42,11 +37,12 @@ def process_group(device: str) -> Iterator[None]:
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     # gloo carries what is on the CPU, the messages of a run on CUDA too: it notices at once when a peer is gone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    rank, world_size = rank_and_world_size()
-    if rank > 0:
+    if dist.get_rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device!r} is not for {world_size} processes: give --device cuda, one each, or cpu")
+        raise UsageError(
+            f"device {device!r} is not for {dist.get_world_size()} processes: give --device cuda, one each, or cpu"
+        )
     if device != "cpu" and cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     yield

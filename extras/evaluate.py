@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from config import Config, UsageError
+from config import Config, UsageError, check
 from dataset import Datasets, ImageDataset, load_datasets, make_loader
 from extras.predict import average_views, compute_log_probs, load_network
 from extras.runs import BEST, LAST, best_row, read_config
@@ -28,6 +28,7 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     """
     net, checkpoint = load_network(path)
     config = replace(read_config(checkpoint["config"], path), **{"device": "auto", **given})
+    check(config)
     device = choose_device(config.device)
     dtype = DTYPES[choose_precision(config.precision, device)]
     data = load_datasets(config, (checkpoint["mean"], checkpoint["std"]))

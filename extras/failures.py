@@ -1,4 +1,4 @@
-"""How an end before time is told, in one line: open it to see what each signal and error ends in."""
+"""How an end before time is told, in one line: open it to see what each error ends in."""
 
 import errno
 import re
@@ -16,24 +16,6 @@ class Stop(BaseException):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
-
-
-def stop_on_signals() -> None:
-    """From now on raise Stop, instead of what Python does, at Ctrl-C and SIGTERM."""
-
-    def stop(signum, frame):
-        raise Stop(signum)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-
-def ignore_signals() -> None:
-    """From now on ignore Ctrl-C, SIGTERM, and torch's alarm at the end of a worker: the program is ending already."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from config import UsageError
 from dataset import ImageDataset, make_loader
 from extras.runs import load_weights
 from extras.sources import read_image, resize_image

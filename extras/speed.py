@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 
-import torch
 from torch import nn
 
 from config import UsageError

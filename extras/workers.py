@@ -13,18 +13,13 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class QuietDataLoader(DataLoader):
-    """A DataLoader that Ctrl-C ends without a word from its workers, and whose workers have one thread each."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, worker_init_fn=_start_worker, **kwargs)
+    """A DataLoader with workers, to be set up by start_worker, that Ctrl-C ends without a word from them."""
 
     def __iter__(self):
-        """Start the workers with the stop signals blocked: _start_worker unblocks them once it is ready."""
-        if self.num_workers == 0:
-            cv2.setNumThreads(0)  # an image of 32x32 pixels is too small for OpenCV's own threads
+        """Start the workers with the stop signals blocked: start_worker unblocks them once it is ready."""
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
-        if self.num_workers and multiprocessing.get_start_method() != "fork":
+        if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # or its start, with the first worker's, would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         try:
@@ -33,7 +28,8 @@ class QuietDataLoader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """Set up a worker process: one thread, and signals that leave the main process the only one to speak."""
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
     # The thread that hands batches over would tell stderr when the main process, stopped by a signal, lets go of one.
     # An error in the pipeline does not come this way: the main process gets it, and says it.
