@@ -127,8 +127,8 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
         maps = explain(net, images.to(device), predictions[chosen].to(device)).cpu()
     for number, index in enumerate(chosen.tolist()):
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
-        left.imshow(test.images[index])
-        right.imshow(test.images[index])
+        left.imshow(test.images[index].numpy())
+        right.imshow(test.images[index].numpy())
         right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         title = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
         left.set_title(title, fontsize=9, loc="left")

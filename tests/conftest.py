@@ -1,7 +1,11 @@
+"""Helpers of all tests: small images, one finished run, the command line in this process and in one of its own."""
+
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for each core
@@ -9,74 +13,77 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import sources
 import train
-from checkpoint import load_checkpoint
-from sources import Source, draw_shapes
+from config import Config, config
+from extras import command_line
+from extras.sources import SHAPES, draw_shapes
+from utils import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
 
-def few_shapes(data_dir=None):
-    """Stands in for load_shapes: 150 pictures to train on, 50 to test on."""
-    rng = np.random.default_rng(0)
-    return Source(draw_shapes(150, rng), draw_shapes(50, rng), tuple(sources.SHAPES))
+def write_pictures(folder: Path) -> Path:
+    """Write 150 shapes to train on and 50 to test on, as `--dataset folder` reads them."""
+    rng, names = np.random.default_rng(0), list(SHAPES)
+    for part, count in (("train", 150), ("test", 50)):
+        for number, (image, label) in enumerate(zip(*draw_shapes(count, rng), strict=True)):
+            path = folder / part / names[label] / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    return folder
 
 
-NEW = ("--dataset", "shapes", "--batch-size", "32", "--epochs", "3", "--dropout", "0.1")
-NEW += ("--device", "cpu", "--precision", "float32")
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of small pictures, not to be changed: 150 to train on, 50 to test on, ten classes."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def start(*argv, folder, stdout=subprocess.PIPE):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.driver", *argv],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore:This DataLoader"},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture(scope="session")
+def tiny(pictures) -> Config:
+    """Settings of a run of two epochs that takes a second or two: replace(tiny, run_dir=..., ...)."""
+    small = {"dataset": "folder", "data_dir": str(pictures), "batch_size": 32, "epochs": 2, "dropout": 0.1}
+    return replace(config, **small, num_workers=0, device="cpu", precision="float32")
 
 
-def equal(a, b):
-    """Whether two nests of dicts, lists and tensors are the same, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+def flags(config: Config, **changes) -> list[str]:
+    """Return the command line that gives these settings."""
+    words = []
+    for name, value in asdict(replace(config, **changes)).items():
+        if value != getattr(Config(), name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
-def outcome(run_dir):
-    """Everything a run leaves, but for the settings that may differ between equal runs."""
-    checkpoints = [load_checkpoint(run_dir / name) for name in ("last.pt", "best.pt")]
-    for checkpoint in checkpoints:
-        for setting in ("run_dir", "num_workers"):
-            checkpoint["config"].pop(setting)
-    return checkpoints, (run_dir / "metrics.csv").read_text()
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory) -> Path:
+    """The folder of a finished run with its report, made once; not to be changed: use `copy_of_finished` for that."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train.main(replace(tiny, run_dir=str(folder)))
+    return folder
 
 
 @pytest.fixture
-def s8(monkeypatch, tmp_path):
-    """Run train.py's command line in an empty folder, on a few of the shapes; return its exit code."""
-    monkeypatch.setattr(sources, "load_shapes", few_shapes)
+def copy_of_finished(finished, tmp_path) -> Path:
+    """A copy of the finished run, for a test that changes it."""
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path):
+    """Return a function that does what `python train.py ARGUMENTS` does, in this process and an empty folder.
+
+    It returns the exit code. A process of its own, by `start`, takes five seconds more.
+    """
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 
-    def run(*argv, report=False):
-        new = not {"--evaluate", "--resume", "--predict"} & {*argv}
-        flags = ("--device", "cpu") if "--predict" not in argv else ()
-        if new:
-            flags += ("--dataset", "shapes", "--batch-size", "32", "--num-workers", "0", "--precision", "float32")
-        if not report:
-            flags += ("--no-report",)  # pictures take seconds
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *argv])
+    def run(*argv: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         try:
-            train.run()
+            command_line.run(train.main)
         except SystemExit as stop:
             return stop.code
         finally:
@@ -91,7 +98,7 @@ def s8(monkeypatch, tmp_path):
 def refusal(capsys):
     """Return a function that gives the one line on stderr."""
 
-    def read():
+    def read() -> str:
         err = capsys.readouterr().err
         assert err.startswith("train.py: ")
         assert err.count("\n") == 1
@@ -100,17 +107,39 @@ def refusal(capsys):
     return read
 
 
-@pytest.fixture
-def fail(monkeypatch):
-    """Make the Nth call of a function from now on do something else."""
+def start(*argv: object, cwd: Path, before: tuple = (), stdout=subprocess.PIPE, **environment: str) -> subprocess.Popen:
+    """Start `python train.py ARGUMENTS` itself, in a process group of its own.
 
-    def arrange(owner, name, count, failure):
-        original, calls = getattr(owner, name), []
+    before: what comes between python and train.py. environment: DIE_AT="last.pt" kills it, without warning, at the
+    moment when a file of that name would be replaced: see moments/sitecustomize.py.
+    """
+    paths = os.pathsep.join([str(ROOT / "tests" / "moments"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        [sys.executable, *before, str(ROOT / "train.py"), *map(str, argv)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
-        def counted(*args, **kwargs):
-            calls.append(1)
-            return failure() if len(calls) == count else original(*args, **kwargs)
 
-        monkeypatch.setattr(owner, name, counted)
+def equal(a, b) -> bool:
+    """Whether two nests of dicts, lists and tensors are the same, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
 
-    return arrange
+
+def outcome(run_dir: Path) -> tuple:
+    """Everything a run leaves that counts, but for the settings that may differ between equal runs."""
+    checkpoints = [load_checkpoint(run_dir / name) for name in ("last.pt", "best.pt")]
+    for checkpoint in checkpoints:
+        for setting in ("run_dir", "num_workers"):
+            checkpoint["config"].pop(setting)
+    return checkpoints, (run_dir / "metrics.csv").read_text()
