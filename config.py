@@ -1,6 +1,6 @@
 """Every setting of a run: edit a default here, or give it on the command line (``--batch-size 256``)."""
 
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 
@@ -40,6 +40,11 @@ class Config:
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 
+def _refuse_change(config: Config, name: str, value: object) -> None:
+    raise FrozenInstanceError(f"a Config cannot be changed: dataclasses.replace(config, {name}={value!r}) gives a copy")
+
+
+Config.__setattr__ = _refuse_change
 config = Config()
 
 
@@ -69,6 +74,17 @@ class UsageError(ValueError):
     """What the user can mend: a setting, a file, an image. The message is one line that says what and how."""
 
 
+class RunStopped(Exception):
+    """What ends a run before its time and is no mistake of the program; the message is one line for the user.
+
+    resumable: whether the run can be continued, and would not come to the same end again.
+    """
+
+    def __init__(self, message: str, resumable: bool = True):
+        super().__init__(message)
+        self.resumable = resumable
+
+
 def check(config: Config) -> None:
     """Raise UsageError, naming the field, the value and what is allowed, for the first field that is wrong."""
     for name, kind in get_type_hints(Config).items():
@@ -76,7 +92,7 @@ def check(config: Config) -> None:
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
-        elif type(value) is not kind and not (kind is float and type(value) is int):
+        elif kind in (bool, int, float, str) and type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if name in RANGES:
             low, high = RANGES[name]

@@ -100,8 +100,12 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, in units of 0..1."""
+    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, in units of 0..1.
+
+    A channel that is the same everywhere, which cannot be divided by 0, gets a deviation of 1.
+    """
     mean, std = cv2.meanStdDev(images.reshape(-1, 1, 3))
+    std[std == 0] = 255
     return tuple((mean[:, 0] / 255).tolist()), tuple((std[:, 0] / 255).tolist())
 
 
@@ -129,17 +133,16 @@ class Datasets(NamedTuple):
     test: ImageDataset
 
 
-def load_datasets(config: Config, statistics: tuple[Sequence[float], Sequence[float]] | None = None) -> Datasets:
-    """Load the config's images, split them, and set up their pipelines. Raises UsageError if they cannot be had.
-
-    statistics: mean and standard deviation of the channels, if not those of the training images.
-    """
+def load_datasets(config: Config) -> Datasets:
+    """Load the config's images, split them, and set up their pipelines. Raises UsageError if they cannot be had."""
     source = load_source(config.dataset, config.data_dir)
+    if len(source.class_names) < 2:
+        raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     train, valid = source.train, source.test
     if config.valid_split > 0:
         held_out = hold_out(train.labels, config.valid_split, config.seed)
         train, valid = train.select(~held_out), train.select(held_out)
-    mean, std = statistics or channel_statistics(train.images)
+    mean, std = channel_statistics(train.images)
     common = {"class_names": source.class_names, "mean": mean, "std": std}
     return Datasets(
         ImageDataset(*train, **common, augmentation=make_augmentation(config, mean), seed=config.seed),

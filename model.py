@@ -3,6 +3,7 @@
 ``python model.py`` prints the receptive field and the layers.
 """
 
+import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -116,20 +117,28 @@ class Net(nn.Module):
         image_size: int = 32,
     ):
         super().__init__()
+        if isinstance(blocks, int):
+            raise TypeError(f"blocks is a table: write Net(num_classes={blocks}) for {blocks} classes")
         blocks = default_blocks(base_channels) if blocks is None else tuple(blocks)
         sizes = check_blocks(blocks, image_size)
         self.image_size = image_size
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1])
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
+        self.register_forward_pre_hook(check_images)  # a hook, for in `forward` it would keep torch.fx from tracing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[2] != self.image_size or x.shape[3] != self.image_size:
-            raise ValueError(f"this Net is built for {self.image_size}x{self.image_size} images, see image_size")
         for block in self.blocks:
             x = block(x)
         logits = self.classifier(self.pool(x)).flatten(1)  # (N, num_classes, 1, 1) -> (N, num_classes)
         return F.log_softmax(logits, dim=1, dtype=torch.float32)
+
+
+def check_images(net: Net, args: tuple[torch.Tensor]) -> None:
+    """Raise ValueError if what the network gets are not images (N, 3, image_size, image_size)."""
+    shape, side = tuple(args[0].shape), net.image_size
+    if len(shape) != 4 or shape[1:] != (3, side, side):
+        raise ValueError(f"this Net takes images (N, 3, {side}, {side}), see image_size; not {shape}")
 
 
 def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]:
@@ -152,6 +161,8 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
         image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
+        if image_size == 1 and (conv["padding"] or before == 1):
+            raise ValueError(f"block {number}: a 1x1 image is left, of which BatchNorm cannot take a variance")
         sizes.append(image_size)
     return sizes
 
@@ -187,16 +198,25 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
 
 
 def print_summary(net: Net) -> None:
-    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
+    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept.
+
+    Of a network that torchsummary cannot follow it says so.
+    """
     import copy
 
     import torchsummary
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".
     with torch.random.fork_rng(devices=[]):
-        torchsummary.summary(copy.deepcopy(net).cpu(), (3, net.image_size, net.image_size), device="cpu")
+        side = getattr(net, "image_size", 32)
+        try:
+            torchsummary.summary(copy.deepcopy(net).cpu(), (3, side, side), device="cpu")
+        except Exception as error:  # a network of your own may return what it does not know
+            print(f"(torchsummary has no summary of this network: {error})")
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python model.py | head` ends without a traceback
     print(receptive_field_table(default_blocks()), end="\n\n")
     print_summary(Net())

@@ -55,7 +55,7 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
     rate, sgd_options = config.learning_rate, {"momentum": config.momentum, "nesterov": config.nesterov}
-    sgd = torch.optim.SGD(groups, ratio * rate, **sgd_options)
+    sgd = torch.optim.SGD(groups, ratio * rate, fused=True, **sgd_options)
     return [Muon(mixing, rate, weight_decay=config.weight_decay), sgd] if mixing else [sgd]
 
 
@@ -214,7 +214,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     if config.compile:
         compile_in_place(net, world_size)
 
-    with open_run(config, data.train, resume, rank, world_size, report) as run:
+    with open_run(config, data, resume, rank, world_size, report) as run:
         rows = run.restore(net, optimizers, scaler)
         for epoch in range(len(rows) + 1, config.epochs + 1):
             seed_torch(config.seed, epoch, rank)

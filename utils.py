@@ -1,7 +1,6 @@
-"""What the training loop needs and nobody wants to read first: device, precision, seeds, meter, files."""
+"""What the training loop needs and nobody wants to read first: device, precision, seeds, meter, checkpoints."""
 
 import builtins
-import contextlib
 import hashlib
 import io
 import os
@@ -17,20 +16,9 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import UsageError
+from config import RunStopped, UsageError
 from extras.distributed import sum_over_processes
-
-
-class RunStopped(Exception):
-    """What ends a run before its time and is no mistake of the program; the message is one line for the user.
-
-    resumable: whether the run can be continued, and would not come to the same end again.
-    """
-
-    def __init__(self, message: str, resumable: bool = True):
-        super().__init__(message)
-        self.resumable = resumable
-
+from extras.files import write_atomically
 
 # --- device, precision, seeds -------------------------------------------------------------------------
 
@@ -46,9 +34,9 @@ def choose_device(name: str) -> torch.device:
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0][:100]
         raise UsageError(f"device {name!r} cannot be used here ({reason}): name another with --device") from None
     return device
 
@@ -81,7 +69,8 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(cores > 2) if device.type == "cpu" else max(1, min(8, cores - 1))
+    most = 2 if sys.platform == "win32" else 1 if device.type == "mps" else 8  # a spawned one takes 590 MB
+    return int(cores > 2) if device.type == "cpu" else max(1, min(most, cores - 1))
 
 
 def describe_device(device: torch.device) -> str:
@@ -92,10 +81,15 @@ def describe_device(device: torch.device) -> str:
 
 
 def make_deterministic(deterministic: bool) -> None:
-    """Make torch use only operations that give the same bits every time; on the CPU, with equal threads, all do."""
+    """Make torch use only operations that give the same bits every time; on the CPU, with equal threads, all do.
+
+    On CUDA float32 is float32: torch's default is TF32, of 10 bits, in convolutions.
+    """
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.benchmark = not deterministic  # cuDNN tries its algorithms, and takes the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
@@ -162,34 +156,9 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
                 looked = time.monotonic()
 
 
-# --- files --------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 FORMAT = "s8erav3-2"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file by a whole new one: whoever reads it, at any moment, finds the old or the new content.
-
-    Raises RunStopped if it cannot be written; what was there before is untouched then.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # --evaluate may report into a run's folder
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunStopped(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):  # it has its name by now, or cannot be removed
-            temporary.unlink()
-    with contextlib.suppress(OSError):  # Windows and some filesystems cannot do this with a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name is on the disk only when its folder is
-        finally:
-            os.close(folder)
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:

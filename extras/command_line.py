@@ -2,22 +2,23 @@
 
 import contextlib
 import difflib
+import os
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import simple_parsing
 from torch import distributed as dist
 
-from config import Config, check, config
+from config import Config, UsageError, check, config
 from extras.distributed import first_to_fail, launcher, process_group
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
-from extras.runs import describe_progress, new_run_dir, resumed_config
+from extras.runs import LAST, describe_progress, new_run_dir, resumed_config
 from extras.speed import keep_freed_memory
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
@@ -30,22 +31,6 @@ GIVEN_WITH = {
 }
 
 
-class Arguments(NamedTuple):
-    """What the command line asks for; `given` holds the fields of `config` that stand on it.
-
-    predict: images; `evaluate` names the checkpoint then. report: whether pictures are drawn. tta: whether
-    `evaluate` gives the accuracy with mirrored images too.
-    """
-
-    config: Config
-    given: dict[str, object]
-    resume: str | None
-    evaluate: str | None
-    predict: list[str] | None
-    report: bool
-    tta: bool
-
-
 class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
     """A line for each setting where the terminal is wide enough; no "(default: )" where there is none."""
 
@@ -53,6 +38,7 @@ class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
         super().__init__(prog, max_help_position=42)
 
     def _get_help_string(self, action):
+        action.help = action.help.replace("%", "%%").replace("%%%%", "%%")  # a comment may hold any character
         return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
 
 
@@ -83,22 +69,34 @@ def make_parser() -> _Parser:
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
     try:
-        parser.add_arguments(Config, dest="config", default=config)
-    except Exception:  # simple_parsing's, of a default in config.py that it cannot use: say which
         check(config)
-        raise
+        parser.add_arguments(Config, dest="config", default=config)
+    except UsageError as error:
+        parser.error(f"config.py: {error}")
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+    ) as error:  # simple_parsing's
+        parser.error(f"config.py: a field's type cannot become a flag ({error})")
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Arguments:
-    """Read the command line; a wrong one ends the program with one line on stderr and exit code 2."""
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """Read the command line; a wrong one ends the program with one line on stderr and exit code 2.
+
+    The result has `config` and `given`, the fields of it that stand on the command line with their values; `resume`,
+    `evaluate`, `predict` (images; `evaluate` names the checkpoint then) and `tta`; `report`: whether to draw pictures.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
     flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
     if unknown:
         known = [*flags, "--resume", "--evaluate", "--predict", "--tta", "--no-report", "--help"]
-        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        short = [flag for flag in known if "--" + "".join(word[0] for word in flag[2:].split("-")) == unknown[0]]
+        nearest = short or difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
     words = {word.split("=")[0] for word in argv}
@@ -109,13 +107,15 @@ def parse_args(argv: Sequence[str] | None = None) -> Arguments:
                 parser.error(f"{flag} cannot be given with --{mode}")
     if arguments.tta and (arguments.evaluate is None or arguments.predict):
         parser.error("--tta goes with --evaluate PATH only")
-    if arguments.predict:
-        if arguments.resume is not None or arguments.no_report:
-            parser.error("--predict goes with --evaluate PATH only")
-        arguments.evaluate = arguments.evaluate if arguments.evaluate is not None else str(WEIGHTS)
-    values = {name: getattr(arguments.config, name) for name in given.values()}
-    modes = arguments.resume, arguments.evaluate, arguments.predict
-    return Arguments(arguments.config, values, *modes, report=not arguments.no_report, tta=arguments.tta)
+    if arguments.predict and (arguments.resume is not None or arguments.no_report):
+        parser.error("--predict goes with --evaluate PATH only")
+    if arguments.predict and arguments.evaluate is None:
+        arguments.evaluate = str(WEIGHTS)
+    if arguments.resume and Path(arguments.resume).name == LAST:
+        arguments.resume = str(Path(arguments.resume).parent)
+    arguments.given = {name: getattr(arguments.config, name) for name in given.values()}
+    arguments.report = not arguments.no_report
+    return arguments
 
 
 def stop_on_signals() -> None:
@@ -136,41 +136,57 @@ def ignore_signals() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
+def set_up_output() -> None:
+    """Let no print end a run: whatever a name holds, whatever the terminal's encoding, or if there is none."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed, or this is pythonw
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(AttributeError):  # a notebook's takes everything
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[..., None]) -> None:
     """Do what the command line asks, by main(config, resume, report) where it is to train.
 
     An end before time is one line on stderr and an exit code that is not 0; one line in all, if several processes
     share the run.
     """
-    arguments = parse_args()
-    if arguments.resume is None:
-        config = replace(arguments.config, run_dir=arguments.config.run_dir or new_run_dir())
-    else:
-        config = replace(arguments.config, run_dir=arguments.resume)
-    stop_on_signals()
-    keep_freed_memory()
-    shared = process_group(config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext()
+    set_up_output()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments, run_dir = None, ""
     try:
-        with shared:
-            carry_out(arguments, config, main)
-        return
+        stop_on_signals()
+        arguments = parse_args()
+        keep_freed_memory()
+        run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
+        config = replace(arguments.config, run_dir=run_dir)
+        with process_group(config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
+            return carry_out(arguments, config, main)
+    except SystemExit:
+        raise
     except BaseException as error:
         ignore_signals()
         if dist.is_initialized() and not first_to_fail():
-            sys.exit(1)
+            os._exit(1)  # at once: what the others wait for will not come
         failure = describe_failure(error)
         if failure is None:
             raise
         resumable = getattr(error, "resumable", True)
+    finally:
+        if "ipykernel" in sys.modules:  # a notebook lives on
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
     code, message = failure
     if code != 2 and arguments.evaluate is None:
-        message += f"; {describe_progress(config.run_dir, resumable, launcher())}"
-    print(f"train.py: {message}\n", end="", file=sys.stderr)  # one piece: torchrun writes there too
+        message += f"; {describe_progress(run_dir, resumable, launcher())}"
+    print(f"train.py: {message}\n", end="", file=sys.stderr, flush=True)  # one piece: torchrun writes there too
+    if dist.is_initialized():
+        os._exit(code)  # nccl's own end would wait for the others
     sys.exit(code)
 
 
-def carry_out(arguments: Arguments, config: Config, main: Callable[..., None]) -> None:
+def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -> None:
     """Train, continue, evaluate or predict. Evaluation and prediction are the work of one process."""
     if arguments.resume is not None:
         main(resumed_config(arguments.resume, arguments.given), resume=True, report=arguments.report)

@@ -18,7 +18,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def launcher() -> str:
-    """Return what to start train.py with, to have as many processes again; for several machines only "torchrun ..."."""
+    """Return what to start train.py with, to have as many processes again; of several machines only "torchrun ..."."""
     if not dist.is_initialized():
         return "python"
     return (

@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from config import Config, UsageError, check
-from dataset import Datasets, ImageDataset, load_datasets, make_loader
+from dataset import Datasets, ImageDataset, make_augmentation, make_loader
+from extras.failures import only_warn
 from extras.predict import average_views, compute_log_probs, load_network
-from extras.runs import BEST, LAST, best_row, read_config
+from extras.runs import best_row, checkpoint_that_counts, read_config, resumed_config
+from extras.sources import load_source
 from utils import DTYPES, choose_device, choose_precision
 
 
@@ -20,32 +22,43 @@ def print_accuracy(title: str, log_probs: torch.Tensor, dataset: ImageDataset) -
     print(f"{title} Loss: {loss:.4f}, {title} Acc: {accuracy:.4f}")
 
 
+def draw_report(folder: Path, net: torch.nn.Module, checkpoint: dict, data: tuple, log_probs: torch.Tensor) -> None:
+    """Write the pictures of a checkpoint and report.md into the folder; what fails there is a warning."""
+    with only_warn("the report"):
+        from extras.report import PAGE, write_report  # here: matplotlib is slow to import
+
+        write_report(folder, net, checkpoint, *data, log_probs)
+        print(f"A report with pictures is in {folder / PAGE}")
+
+
 def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
 
-    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
-    images is printed too. Raises UsageError.
+    path: of a checkpoint, or of a run's folder. report: whether its pictures and report.md are written beside it.
+    tta: whether the accuracy with mirrored images is printed too. Raises UsageError.
     """
+    if Path(path).is_dir():
+        path = checkpoint_that_counts(path, resumed_config(path, {}).valid_split)
     net, checkpoint = load_network(path)
     config = replace(read_config(checkpoint["config"], path), **{"device": "auto", **given})
     check(config)
     device = choose_device(config.device)
     dtype = DTYPES[choose_precision(config.precision, device)]
-    data = load_datasets(config, (checkpoint["mean"], checkpoint["std"]))
-    if data.test.class_names != checkpoint["class_names"]:
+    source = load_source(config.dataset, config.data_dir, test_only=not report)
+    if list(source.class_names) != checkpoint["class_names"]:
         raise UsageError(f"checkpoint {path} was trained on other classes than those of the images")
-    loader = make_loader(data.test, config.batch_size)
-    net.to(device)
-    log_probs = compute_log_probs(net, loader, dtype, description="Test")
-    print_accuracy("Test", log_probs, data.test)
+    common = {name: checkpoint[name] for name in ("class_names", "mean", "std")}
+    test = ImageDataset(*source.test, **common)
+    loader = make_loader(test, config.batch_size)
+    log_probs = compute_log_probs(net.to(device), loader, dtype, description="Test")
+    print_accuracy("Test", log_probs, test)
     if tta:
         mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
-        print_accuracy("Mirrored Test", average_views(log_probs, mirrored), data.test)
+        print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
     if report:
-        from extras.report import PAGE, write_report  # here: matplotlib is slow to import
-
-        write_report(Path(path).parent, net, checkpoint, data, log_probs)
-        print(f"A report with pictures is in {Path(path).parent / PAGE}")
+        augmentation = make_augmentation(config, checkpoint["mean"])
+        train = ImageDataset(*source.train, **common, augmentation=augmentation, seed=config.seed)
+        draw_report(Path(path).parent, net, checkpoint, (train, test), log_probs)
 
 
 def finish(config: Config, data: Datasets, report: bool) -> None:
@@ -53,7 +66,7 @@ def finish(config: Config, data: Datasets, report: bool) -> None:
 
     The pictures are those of the network that was tested; without held-out images, of the last epoch's.
     """
-    net, checkpoint = load_network(Path(config.run_dir, BEST if config.valid_split > 0 else LAST))
+    net, checkpoint = load_network(checkpoint_that_counts(config.run_dir, config.valid_split))
     best = best_row(checkpoint["metrics"])
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
     if config.valid_split == 0 and not report:
@@ -63,6 +76,4 @@ def finish(config: Config, data: Datasets, report: bool) -> None:
     if config.valid_split > 0:
         print_accuracy("Test", log_probs, data.test)
     if report:
-        from extras.report import write_report
-
-        write_report(Path(config.run_dir), net, checkpoint, data, log_probs)
+        draw_report(Path(config.run_dir), net, checkpoint, (data.train, data.test), log_probs)

@@ -1,13 +1,17 @@
-"""How an end before time is told, in one line: open it to see what each error ends in."""
+"""How an end before time is told, in one line, and what is only a warning: open it to see what each error ends in."""
 
+import contextlib
 import errno
+import functools
 import re
 import signal
+import sys
+import warnings
+from collections.abc import Iterator
 
 from torch import distributed as dist
 
-from config import UsageError
-from utils import RunStopped
+from config import Config, RunStopped, UsageError
 
 
 class Stop(BaseException):
@@ -18,25 +22,55 @@ class Stop(BaseException):
         self.signum = signum
 
 
+@functools.cache
+def warn(message: str) -> None:
+    """Print one line on stderr, the first time that it is asked to; the run goes on."""
+    print(f"train.py: warning: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Let what is only decoration fail: a picture that cannot be drawn is one warning line, and no end."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        warn(f"{what} cannot be drawn ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+
+
+NO_SHARED_MEMORY = "shared memory|/dev/shm|Bus error|torch_shm|exit code 75"  # 75: see workers.py
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|C(UBLAS|UDNN)_STATUS_ALLOC_FAILED"
+
+
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
     """Return exit code and message for a user's mistake or what befell the run; None for a mistake of ours."""
-    text = str(error).partition("\n")[0]
+    whole = str(error)
+    text = whole.partition("\n")[0]
     if isinstance(error, UsageError):
         return 2, f"error: {text}"
+    if isinstance(error, AttributeError) and isinstance(error.obj, Config):
+        return 2, f"error: config.py has no field {error.name}, and the program needs it"
     if isinstance(error, Stop):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):
         return 1, f"stopped: {text}"
-    out_of_memory = re.search("out of memory|not enough memory|can't allocate memory", text)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and out_of_memory):
-        return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
     if isinstance(error, BrokenPipeError):
         return 1, "stopped: nobody reads the output any more"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 1, "stopped: the output cannot be written, there is no space left"
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in text):
-        return 1, "stopped: another process of the run died or does not answer"
-    worker_died = isinstance(error, RuntimeError) and text.startswith("DataLoader worker")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in whole):
+        return 1, f"stopped: another process of the run died or does not answer ({text})"
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(
+        "shared memory|/dev/shm|Bus error|torch_shm", whole
+    ):
+        return 1, (
+            "stopped: no shared memory is left for the processes that augment: give Docker --shm-size 1g, or "
+            "fewer --num-workers, or a smaller --batch-size in a new run"
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, whole)):
+        return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
+    worker_died = isinstance(error, RuntimeError) and re.match("DataLoader worker|Pin memory thread", text)
     if worker_died or isinstance(error, (ConnectionError, EOFError)):  # the latter, while its batch is received
         return 1, f"stopped: a process that augments images died ({text or 'its batch broke off'})"
     return None

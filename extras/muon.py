@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look ahead."""
         for group in self.param_groups:
-            for weight in group["params"]:
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[weight]
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from config import UsageError
 from dataset import ImageDataset, make_loader
-from extras.runs import load_weights
+from extras.architecture import load_weights
 from extras.sources import read_image, resize_image
 from model import Net
 from utils import load_checkpoint
@@ -32,7 +32,8 @@ class Prediction(NamedTuple):
 def load_network(path: str | Path) -> tuple[Net, dict]:
     """Return the network of a checkpoint, in evaluation mode on the CPU, and the checkpoint. Raises UsageError."""
     checkpoint = load_checkpoint(path)
-    net = Net(num_classes=len(checkpoint["class_names"]))
+    with torch.random.fork_rng(devices=[]):  # the first weights, drawn in vain, must not move a notebook's generator
+        net = Net(num_classes=len(checkpoint["class_names"]))
     load_weights(net, checkpoint)
     return net.to(memory_format=torch.channels_last).eval(), checkpoint
 
@@ -63,28 +64,38 @@ def average_views(log_probs: torch.Tensor, mirrored: torch.Tensor) -> torch.Tens
     return torch.logaddexp(log_probs, mirrored) - math.log(2)
 
 
-def to_picture(image: str | Path | np.ndarray | Image.Image) -> np.ndarray:
-    """Return an image, (H, W, 3) or (H, W) uint8 if it is an array, as a (32, 32, 3) uint8 array.
+Picture = str | Path | np.ndarray | torch.Tensor | Image.Image
+ACCEPTED = (
+    "an image is a file's path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a tensor (3, H, W) of uint8 or of "
+    "floats from 0 to 1"
+)
 
-    Raises UsageError for a file that is no image and for another array.
-    """
+
+def to_picture(image: Picture) -> np.ndarray:
+    """Return an image as a (32, 32, 3) uint8 array. Raises UsageError for what is no image: see ACCEPTED."""
     if isinstance(image, (str, Path)):
         return read_image(image)
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
-            raise UsageError(f"an array must be (H, W, 3) or (H, W) uint8, not {image.shape} {image.dtype}")
-        image = Image.fromarray(image)
+    given = f"{type(image).__name__} {getattr(image, 'shape', '')} {getattr(image, 'dtype', '')}".strip()
+    if isinstance(image, torch.Tensor) and image.ndim == 3 and image.shape[0] == 3:
+        if image.is_floating_point() and image.numel() and image.min() >= 0 and image.max() <= 1:
+            image = (255 * image).round().to(torch.uint8)
+        if image.dtype == torch.uint8:
+            image = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)):
+        image = Image.fromarray(image) if image.ndim > 1 else image
+    if not isinstance(image, Image.Image) or 0 in image.size:
+        raise UsageError(f"{ACCEPTED}; not {given}")
     return resize_image(image)
 
 
-def predict(checkpoint: str | Path, images: Sequence[str | Path | np.ndarray | Image.Image]) -> list[Prediction]:
-    """Return what the checkpoint's network says of each image: a file's path, a uint8 array, or a PIL image.
+def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Prediction]:
+    """Return what the checkpoint's network says of each image: what one may be says ACCEPTED.
 
     Images are resized to 32x32 and normalized as in the checkpoint's training; computed on the CPU in float32.
     Raises UsageError for a checkpoint or an image that cannot be used.
     """
-    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        raise TypeError("images must be a list of images, or an array (N, H, W, 3)")
+    if not isinstance(images, (list, tuple, np.ndarray, torch.Tensor)) or getattr(images, "ndim", 4) != 4:
+        raise UsageError(f"images must be a list of images, or an array or tensor of them; {ACCEPTED}")
     net, checkpoint = load_network(checkpoint)
     names = checkpoint["class_names"]
     if len(images) == 0:

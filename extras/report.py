@@ -6,6 +6,7 @@ Each plot_ function returns a matplotlib Figure, which has nothing to do with a 
 import contextlib
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,18 +19,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from config import UsageError
-from dataset import Datasets, ImageDataset
+from dataset import ImageDataset
+from extras.files import write_atomically
 from extras.runs import LAST
-from utils import load_checkpoint, write_atomically
+from utils import load_checkpoint
 
-CURVES, CONFUSION, MISTAKES, AUGMENTATIONS = (
-    "curves.png",
-    "confusion_matrix.png",
-    "misclassified.png",
-    "augmentations.png",
-)
-PAGE = "report.md"
+CURVES, CONFUSION, MISTAKES = "curves.png", "confusion_matrix.png", "misclassified.png"
+AUGMENTATIONS, PAGE = "augmentations.png", "report.md"
 PANELS = {"loss": "Negative log-likelihood", "accuracy": "Correct (%)", "learning_rate": "At the end of the epoch"}
+
+
+names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be called "Ba$$in"
+
+
+def short(name: str, length: int = 20) -> str:
+    """Return a class name as it fits into a picture."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def plot_curves(rows: Sequence[dict]) -> Figure:
@@ -58,9 +63,10 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+@names_as_they_are
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
     """Return the confusion matrix (true, predicted), each row in percent, and beside it each class's accuracy."""
-    count = len(class_names)
+    count, class_names = len(class_names), [short(name) for name in class_names]
     few = count <= 30  # a number has room in each cell
     rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side, font = (max(4.5, 0.5 * count), 9) if few else (0.16 * count, 6)
@@ -87,9 +93,12 @@ def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
 def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return how much each part of normalized images (N, 3, H, W) speaks for the target classes: (N, H, W), 0 to 1.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, of the last layer whose output still is an image.
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, of the last layer whose output still is an image;
+    0 everywhere if the network has none.
     """
-    from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tqdm in a notebook
+        from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
     layers, hooks = [], []
     for module in net.modules():
@@ -98,18 +107,21 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
         net.eval()(images)
     for hook in hooks:
         hook.remove()
-    layer = [layer for layer, shape in layers if len(shape) == 4 and shape[2] * shape[3] > 1][-1]
-    parts = LayerGradCam(net, layer).attribute(images, targets, relu_attributions=True).detach()
+    spatial = [layer for layer, shape in layers if len(shape) == 4 and shape[2] * shape[3] > 1]
+    if not spatial:
+        return torch.zeros(len(images), *images.shape[2:])
+    parts = LayerGradCam(net, spatial[-1]).attribute(images, targets, relu_attributions=True).detach()
     parts = LayerAttribution.interpolate(parts, tuple(images.shape[2:]), "bilinear")[:, 0]
     return parts / parts.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
 
+@names_as_they_are
 def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
     """Return the 20 most confident mistakes among the test images, each beside what spoke for it.
 
     log_probs: (N, num_classes) of the test images.
     """
-    names, (confidence, predictions) = test.class_names, log_probs.exp().max(dim=1)
+    names, (confidence, predictions) = [short(name) for name in test.class_names], log_probs.exp().max(dim=1)
     wrong = (predictions != test.labels).nonzero()[:, 0]
     chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
     rows = max(1, math.ceil(len(chosen) / 5))
@@ -135,6 +147,7 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
     return figure
 
 
+@names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
     labels = train.labels.numpy()
@@ -150,7 +163,7 @@ def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
         axes.imshow(image)
         axes.set(xticks=[], yticks=[])
     for axes, index in zip(grid[:, 0], indices, strict=True):
-        axes.set_ylabel(train.class_names[labels[index]], fontsize=9)
+        axes.set_ylabel(short(train.class_names[labels[index]]), fontsize=9)
     return figure
 
 
@@ -166,7 +179,14 @@ def save_curves(rows: Sequence[dict], folder: Path) -> None:
     save_figure(plot_curves(rows), folder / CURVES)
 
 
-def write_report(folder: Path, net: nn.Module, checkpoint: dict, data: Datasets, log_probs: torch.Tensor) -> None:
+def write_report(
+    folder: Path,
+    net: nn.Module,
+    checkpoint: dict,
+    train: ImageDataset,
+    test: ImageDataset,
+    log_probs: torch.Tensor,
+) -> None:
     """Write the pictures of a checkpoint and its network, and report.md, which shows them.
 
     log_probs: (N, num_classes) of the test images. The curves are those of the whole run, if its last checkpoint is
@@ -176,14 +196,13 @@ def write_report(folder: Path, net: nn.Module, checkpoint: dict, data: Datasets,
     with contextlib.suppress(UsageError):  # a missing or damaged last.pt takes nothing from this checkpoint's report
         last = load_checkpoint(folder / LAST)
         rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
-    names, labels = checkpoint["class_names"], data.test.labels
-    counts = count_confusions(labels, log_probs.argmax(dim=1), len(names))
+    counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
     save_curves(rows, folder)
-    save_figure(plot_confusions(counts, names), folder / CONFUSION)
-    save_figure(plot_mistakes(net, data.test, log_probs), folder / MISTAKES)
-    save_figure(plot_augmentations(data.train), folder / AUGMENTATIONS)
-    loss = F.nll_loss(log_probs.double(), labels).item()
-    write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode())
+    save_figure(plot_confusions(counts, test.class_names), folder / CONFUSION)
+    save_figure(plot_mistakes(net, test, log_probs), folder / MISTAKES)
+    save_figure(plot_augmentations(train), folder / AUGMENTATIONS)
+    loss = F.nll_loss(log_probs.double(), test.labels).item()
+    write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode(errors="backslashreplace"))
 
 
 def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
@@ -201,13 +220,8 @@ def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
         "",
         "Training figures are those of images as they were trained on: augmented, each before its step.",
     ]
-    for title, name in (
-        ("Curves", CURVES),
-        ("Confusion matrix", CONFUSION),
-        ("Most confident mistakes", MISTAKES),
-        ("Augmentations", AUGMENTATIONS),
-    ):
+    titles = "Curves", "Confusion matrix", "Most confident mistakes", "Augmentations"
+    for title, name in zip(titles, (CURVES, CONFUSION, MISTAKES, AUGMENTATIONS), strict=True):
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
-    lines += ["", "## Settings", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in config.items()]
+    lines += ["", "## Settings", "", "```", *(f"{name} = {value!r}" for name, value in config.items()), "```"]
     return "\n".join(lines) + "\n"

@@ -2,10 +2,14 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
 import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import datetime
@@ -15,8 +19,11 @@ import torch
 from torch import nn
 
 from config import Config, UsageError, check
-from dataset import ImageDataset
-from utils import load_checkpoint, save_checkpoint, write_atomically
+from dataset import Datasets
+from extras.architecture import describe_network, load_weights
+from extras.failures import only_warn, warn
+from extras.files import write_atomically
+from utils import load_checkpoint, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
 
@@ -35,23 +42,36 @@ def refuse_second_use(run_dir: str) -> None:
 
 
 class Run:
-    """An open run: what restores it and what saves it. Of several processes, only rank 0 writes."""
+    """An open run: `restore` continues it, `save` writes an epoch. Of several processes, only rank 0 writes."""
 
-    def __init__(self, config: Config, train: ImageDataset, rank: int, world_size: int, report: bool):
-        self.config, self.train, self.folder = config, train, Path(config.run_dir)
-        self.rank, self.world_size, self.report = rank, world_size, report
+    def __init__(self, config: Config, data: Datasets, rank: int, world_size: int, report: bool):
+        self.config, self.folder, self.rank, self.report = config, Path(config.run_dir), rank, report
+        self.drawn = -float("inf")  # when the curves were drawn last
+        digest = hashlib.sha256()
+        for dataset in (data.train, data.valid):
+            digest.update(dataset.images.numpy())
+            digest.update(dataset.labels.numpy())
+        # What a checkpoint says beside what an epoch changes.
+        self.facts = {
+            "config": asdict(config),
+            "class_names": data.train.class_names,
+            "mean": data.train.mean,
+            "std": data.train.std,
+            "images": digest.hexdigest(),
+            "processes": world_size,
+        }
 
     def restore(
         self, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
-    ) -> list[dict]:
+    ) -> list:
         """Load the last checkpoint, if an epoch is finished already; return the metrics of each epoch so far.
 
         Raises UsageError, with the network unchanged, for a checkpoint of other images or another network.
         """
-        rows, path = [], self.folder / LAST
-        if path.exists():
-            checkpoint = load_checkpoint(path)
-            self._check(checkpoint)
+        rows = []
+        if (self.folder / LAST).exists():
+            checkpoint = load_checkpoint(self.folder / LAST)
+            self._compare(checkpoint)
             load_weights(net, checkpoint)
             for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -63,54 +83,44 @@ class Run:
                 self._follow_last(checkpoint)
         if self.rank == 0:
             write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
+            split = self.config.valid_split
+            if rows and split > 0 and checkpoint_that_counts(self.folder, split).name != BEST:
+                warn(f"{BEST} is gone or damaged: unless a coming epoch is better, the last one's network is tested")
         return rows
 
-    def save(
-        self,
-        rows: list[dict],
-        net: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        scaler: torch.amp.GradScaler,
-    ) -> None:
+    def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler) -> None:
         """Write the files of a finished epoch. It counts as saved when it is in last.pt; the others follow from that.
 
         Raises RunStopped if they cannot be written.
         """
         if self.rank > 0:
             return
-        checkpoint = {
-            "config": asdict(self.config),
-            "class_names": self.train.class_names,
-            "mean": self.train.mean,
-            "std": self.train.std,
-            "processes": self.world_size,
-            "epoch": len(rows),
-            "metrics": rows,
+        states = {
+            "network": describe_network(net),
             "model": net.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
         }
+        checkpoint = {**self.facts, "epoch": len(rows), "metrics": rows, **states}
         save_checkpoint(self.folder / LAST, checkpoint)
         self._follow_last(checkpoint)
-        if self.report:
-            from extras.report import save_curves  # here: matplotlib is slow to import
+        if self.report and time.monotonic() - self.drawn > 5:  # on a GPU an epoch is faster than its picture
+            with only_warn("the curves"):
+                from extras.report import save_curves  # here: matplotlib is slow to import
 
-            save_curves(rows, self.folder)
+                save_curves(rows, self.folder)
+            self.drawn = time.monotonic()
 
-    def _check(self, checkpoint: dict) -> None:
+    def _compare(self, checkpoint: dict) -> None:
         """Raise UsageError if the run cannot be continued as it is; say so if it will not be the same bit for bit."""
-        statistics = (
-            torch.tensor([self.train.mean, self.train.std]),
-            torch.tensor([checkpoint["mean"], checkpoint["std"]]),
-        )
-        if self.train.class_names != checkpoint["class_names"] or not torch.allclose(*statistics):
+        done, before, now = checkpoint["epoch"], checkpoint["processes"], self.facts["processes"]
+        if any(self.facts[name] != checkpoint[name] for name in ("class_names", "images")):
             where = self.config.data_dir
             raise UsageError(f"the images in {where} are not those that this run began with: give --data-dir")
-        done, before = checkpoint["epoch"], checkpoint["processes"]
         if self.config.epochs < done:
             raise UsageError(f"epochs cannot become {self.config.epochs}: {done} are done already")
-        if before != self.world_size:
-            print(f"Note: processes: {before} before, {self.world_size} now: no longer bit for bit the undisturbed run")
+        if before != now:
+            print(f"Note: processes: {before} before, {now} now: no longer bit for bit the undisturbed run")
 
     def _follow_last(self, checkpoint: dict) -> None:
         """Bring best.pt and metrics.csv up to last.pt, after an epoch or after a kill that came in between."""
@@ -126,14 +136,13 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    config: Config, train: ImageDataset, resume: bool = False, rank: int = 0, world_size: int = 1, report: bool = True
+    config: Config, data: Datasets, resume: bool = False, rank: int = 0, world_size: int = 1, report: bool = True
 ) -> Iterator[Run]:
-    """Create a new run's folder, or take one to resume, and lock it.
+    """Create a new run's folder, or take one to resume, and lock it. report: whether curves are drawn.
 
-    train: the images; their class names and statistics go into the checkpoints. report: whether curves are drawn.
     Raises UsageError if the folder cannot be written, is in use, or holds a run when a new one is wanted.
     """
-    run = Run(config, train, rank, world_size, report)
+    run = Run(config, data, rank, world_size, report)
     if rank > 0:
         yield run
         return
@@ -151,7 +160,7 @@ def open_run(
         yield run
 
 
-def _lock(file, folder: Path) -> None:
+def _lock(file: io.TextIOBase, folder: Path) -> None:
     try:
         if os.name == "nt":
             import msvcrt
@@ -168,17 +177,18 @@ def _lock(file, folder: Path) -> None:
         pass  # a filesystem without locks: the run matters more than the guard
 
 
-def best_row(rows: list[dict]) -> dict:
+def best_row(rows: Sequence[dict]) -> dict:
     """Return the metrics of the epoch with the best validation accuracy, the first of equals."""
     return max(rows, key=lambda row: row["valid_accuracy"])
 
 
-def load_weights(net: nn.Module, checkpoint: dict) -> None:
-    """Load a checkpoint's weights; raise UsageError, the network unchanged, if they are another network's."""
-    ours, theirs = net.state_dict(), checkpoint["model"]
-    if {name: t.shape for name, t in ours.items()} != {name: t.shape for name, t in theirs.items()}:
-        raise UsageError("the checkpoint is of another architecture than the one in model.py")
-    net.load_state_dict(theirs)
+def checkpoint_that_counts(run_dir: str | Path, valid_split: float) -> Path:
+    """Return a run's checkpoint to test: best.pt if held-out images chose it and it can be read, else last.pt."""
+    if valid_split > 0:
+        with contextlib.suppress(UsageError):
+            load_checkpoint(Path(run_dir, BEST))
+            return Path(run_dir, BEST)
+    return Path(run_dir, LAST)
 
 
 def read_config(settings: dict, where: str | Path) -> Config:
@@ -225,4 +235,5 @@ def describe_progress(run_dir: str, resumable: bool, launcher: str) -> str:
         saved = f"epoch {load_checkpoint(Path(run_dir, LAST))['epoch']} is saved"
     except UsageError as error:
         saved = str(error) if Path(run_dir, LAST).exists() else "no epoch is finished yet"
-    return f"{saved}; to continue: {launcher} train.py --resume {shlex.quote(run_dir)}" if resumable else saved
+    quote = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return f"{saved}; to continue: {launcher} {quote([sys.argv[0], '--resume', run_dir])}" if resumable else saved

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from config import UsageError
+from extras.failures import warn
 
 
 class Split(NamedTuple):
@@ -33,12 +34,15 @@ class Source(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def load_source(name: str, data_dir: str | Path) -> Source:
-    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes"; raise UsageError if it cannot be had."""
+def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
+    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be had.
+
+    test_only: the images to train on need not be there; a folder's are left out then.
+    """
     if name == "shapes":
         return load_shapes()
     if name == "folder":
-        return load_folder(Path(data_dir))
+        return load_folder(Path(data_dir), test_only)
     source = load_cifar(name, Path(data_dir))
     for images, labels in (source.train, source.test):
         if images.shape != (len(labels), 32, 32, 3) or not 0 <= labels.min() <= labels.max() < len(source.class_names):
@@ -57,6 +61,7 @@ def load_cifar(name: str, data_dir: Path) -> Source:
     from torchvision import datasets  # here: it is slow to import, and other sources go without it
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    data_dir = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
     try:
         train = dataset(data_dir, train=True, download=True)
         test = dataset(data_dir, train=False)
@@ -77,17 +82,20 @@ def load_cifar(name: str, data_dir: Path) -> Source:
 # --- a folder of images -----------------------------------------------------------------------------
 
 
-def load_folder(data_dir: Path) -> Source:
+def load_folder(data_dir: Path, test_only: bool = False) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
-    The classes are the folders' names in alphabetical order; names that begin with a dot are left out.
+    The classes are the folders' names in alphabetical order; what systems leave in folders is passed over.
     Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is no image.
     """
-    class_names = _visible(data_dir / "train")
-    if _visible(data_dir / "test") != class_names:
-        raise UsageError(f"{data_dir / 'train'} and {data_dir / 'test'} must hold the same classes, a folder for each")
-    train, test = (_read_classes(data_dir / part, class_names) for part in ("train", "test"))
-    return Source(train, test, tuple(class_names))
+    names = _visible(data_dir / "test")
+    if not test_only:
+        others = {*names} ^ {*_visible(data_dir / "train")}
+        for name in sorted(others):
+            has, lacks = ("test", "train") if name in names else ("train", "test")
+            raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
+    test = _read_classes(data_dir / "test", names)
+    return Source(Split(*test) if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
 
 
 def _visible(folder: Path) -> list[str]:
@@ -96,9 +104,10 @@ def _visible(folder: Path) -> list[str]:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be read ({error.strerror}): --dataset folder reads DATA_DIR/train/CLASS/IMAGE and "
-            f"DATA_DIR/test/CLASS/IMAGE"
+            f"{folder} cannot be read as a folder ({error.strerror}): --dataset folder reads "
+            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
         ) from None
+    names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
         raise UsageError(f"{folder} is empty: each class needs images")
     return names
@@ -115,6 +124,8 @@ def _read_classes(folder: Path, class_names: list[str]) -> Split:
 def read_image(path: str | Path) -> np.ndarray:
     """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait for ever
+            raise ValueError("not a file")
         with Image.open(path) as image:
             return resize_image(image)
     except OSError as error:
@@ -126,13 +137,19 @@ def read_image(path: str | Path) -> np.ndarray:
 def resize_image(image: Image.Image) -> np.ndarray:
     """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
 
-    Raises ValueError for pixels of no fixed range (modes "I" and "F").
+    What is transparent is white, as in a viewer. Raises ValueError for pixels of no fixed range (modes "I" and "F").
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels, transparent = np.asarray(image), image.info.get("transparency")
+        if pixels.max() < 2**12:
+            warn("a 16-bit image has values below 4,096 only: it is nearly black, scale it to 16 bits if it should not")
+        image = Image.fromarray(np.where(pixels == transparent, 255, pixels >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB").resize((32, 32)))
 
 
@@ -156,7 +173,7 @@ SHAPES = {
 
 def load_shapes() -> Source:
     """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
-    rng = np.random.default_rng(0)
+    rng = np.random.Generator(np.random.Philox(key=0))
     return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
 
 

@@ -1,6 +1,7 @@
 """Faster by settings of torch and of the C library: open it to compile the network, or when memory is short."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,14 +16,18 @@ def compile_in_place(net: nn.Module, world_size: int = 1) -> None:
     """Have torch.compile compile the network at its first use; the names of its weights stay.
 
     Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight
-    one. Raises UsageError where there is no C++ compiler, which torch.compile needs on the CPU, and for several
+    one. Raises UsageError where what torch.compile needs is missing, a compiler and on CUDA Triton, and for several
     processes, whose messages cannot be compiled.
     """
-    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
+    cuda = next(net.parameters()).device.type == "cuda"
+    usual = "gcc" if cuda else {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CC" if cuda else "CXX", usual)
     if world_size > 1:
         raise UsageError("compile is not for several processes: leave out --compile")
-    if next(net.parameters()).device.type == "cpu" and not shutil.which(compiler):
-        raise UsageError(f"compile needs a C++ compiler, and there is no {compiler}: install it or leave out --compile")
+    if not shutil.which(compiler):
+        raise UsageError(f"compile needs a compiler, and there is no {compiler}: install it or leave out --compile")
+    if cuda and not importlib.util.find_spec("triton"):
+        raise UsageError("compile needs Triton on CUDA, and it is not installed: leave out --compile")
     net.compile(dynamic=False)
 
 

@@ -1,6 +1,6 @@
 """Worker processes that leave signals and words to the main process: open it when a DataLoader's workers misbehave."""
 
-import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
@@ -9,11 +9,16 @@ from multiprocessing import resource_tracker
 import cv2
 from torch.utils.data import DataLoader
 
+NO_SHARED_MEMORY = 75  # a worker's exit code, which the main process reads in torch's message
+
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class QuietDataLoader(DataLoader):
     """A DataLoader with workers, to be set up by start_worker, that Ctrl-C ends without a word from them."""
+
+    def check_worker_number_rationality(self):
+        """Let who asks for more workers than there are cores have them, without torch's ten lines."""
 
     def __iter__(self):
         """Start the workers with the stop signals blocked: start_worker unblocks them once it is ready."""
@@ -34,9 +39,15 @@ def start_worker(worker: int) -> None:
     # The thread that hands batches over would tell stderr when the main process, stopped by a signal, lets go of one.
     # An error in the pipeline does not come this way: the main process gets it, and says it.
     sys.excepthook = lambda *args: None
+    # A batch that cannot be handed over would be lost, and the main process would wait for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     # A terminal's Ctrl-C and a cluster's SIGTERM reach the whole process group. The main process ends its
     # workers itself; SIGTERM must still work, and with exit code 0 torch does not take it for a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def _end_worker(error: Exception, batch: object) -> None:
+    os._exit(NO_SHARED_MEMORY if "shared memory" in str(error) or "torch_shm" in str(error) else 1)
