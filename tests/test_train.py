@@ -1,288 +1,284 @@
 import csv
-import io
 import json
 import os
 import re
-import sys
-from pathlib import Path
+import time
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
-import sources
 import train
-import utils
-from checkpoint import load_checkpoint
-from dataset import FixedBatches, make_normalization
+from config import RunStopped, config
+from extras.sources import SHAPES
 from model import Net
-from optimizer import make_optimizers
-from sources import draw_shapes
-from utils import Meter, NonFiniteLoss, with_progress
+from tests.conftest import equal, flags, outcome
+from train import epoch_factors, make_optimizers, schedule_factor, train_one_epoch, train_step, validate
+from utils import load_checkpoint
 
-CPU = torch.device("cpu")
-OFF = torch.amp.GradScaler("cpu", enabled=False)
-USUAL = {"learning_rate": 1.0, "momentum": 0.9, "nesterov": True, "weight_decay": 0.0}
+
+@pytest.fixture
+def loader():
+    """Three batches of 20, 20 and 3 images, always in the same order."""
+    rng = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(43, 3, 32, 32, generator=rng), torch.randint(10, (43,), generator=rng)
+    return DataLoader(TensorDataset(images, labels), batch_size=20)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+# --- optimizers ---
+
+
+def test_recipe_of_the_default_settings(net):
+    muon, sgd = make_optimizers(net, config)
+    assert [(group["lr"], group["weight_decay"]) for group in muon.param_groups] == [(0.02, 0.05)]
+    assert [group["lr"] for group in sgd.param_groups] == pytest.approx([0.2, 0.2])
+    assert [group["weight_decay"] for group in sgd.param_groups] == pytest.approx([5e-4, 0])
+    assert [(group["momentum"], group["nesterov"]) for group in sgd.param_groups] == [(0.9, True)] * 2
+
+
+def test_muon_has_the_weights_that_mix_channels_and_sgd_the_rest(net):
+    names = {weight: name for name, weight in net.named_parameters()}
+    muon, sgd = make_optimizers(net, config)
+    (mixing,), (decayed, spared) = ([group["params"] for group in each.param_groups] for each in (muon, sgd))
+    assert {names[weight] for weight in decayed} == {"blocks.1.0.weight", "blocks.2.0.weight", "classifier.weight"}
+    assert all(weight.ndim == 1 for weight in spared)
+    assert sum(weight.numel() for weight in mixing) == 138_666 - 2_042
+    assert sum(weight.numel() for weight in decayed + spared) == 2_042
+
+
+def test_sgd_alone_has_all_weights_and_the_learning_rate_itself(net):
+    (sgd,) = make_optimizers(net, replace(config, optimizer="sgd", learning_rate=0.3))
+    assert [group["lr"] for group in sgd.param_groups] == [0.3, 0.3]
+    assert sum(weight.numel() for group in sgd.param_groups for weight in group["params"]) == 138_666
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_step_shrinks_convolutions_by_rate_times_decay_whoever_moves_them(optimizer, nesterov):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).double()  # rounding would add up
+    settings = replace(config, optimizer=optimizer, nesterov=nesterov, learning_rate=0.01, weight_decay=0.1)
+    optimizers = make_optimizers(net, settings)
+    for _ in range(100):  # SGD's momentum needs some steps to add up
+        before = [p.detach().clone() for p in net.parameters()]
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        for each in optimizers:
+            each.step()
+    for p, old in zip(net.parameters(), before, strict=True):
+        shrinks = p.ndim > 1  # biases and BatchNorm are spared
+        torch.testing.assert_close(p.detach(), old * (1 - 0.01 * 0.1) if shrinks else old, rtol=1e-5, atol=0)
+
+
+# --- schedules ---
+
+
+def test_schedules():
+    def factors(schedule, accuracies=()):
+        return [schedule_factor(schedule, progress, accuracies) for progress in (0, 0.1, 0.2, 0.6, 1)]
+
+    assert factors("onecycle") == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert factors("cosine") == pytest.approx([1, 0.9755283, 0.9045085, 0.3454915, 0], abs=1e-6)
+    assert factors("constant") == [1] * 5
+    published = [83.28, 83.09, 82.68]  # epochs 22 to 24 of the specification's log: the rate fell at epoch 25
+    assert factors("plateau", published[:2]) == [1] * 5
+    assert factors("plateau", published) == [0.1] * 5
+
+
+def test_plateau_is_torchs():
+    rng = np.random.default_rng(0)
+    accuracies = (rng.integers(0, 20, 60).cumsum() * 0.2 + rng.normal(0, 9, 60)).tolist()
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    options = {"mode": "max", "factor": 0.1, "patience": 1, "threshold": 0, "eps": 0}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        scheduler.step(accuracy)
+        ours = schedule_factor("plateau", 0.5, accuracies[:epoch])
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_factors_of_all_epochs_are_one_curve_and_never_zero():
+    settings = replace(config, epochs=4, schedule="cosine")
+    factors = [factor for epoch in (1, 2, 3, 4) for factor in epoch_factors(settings, epoch, steps=5)]
+    assert factors == epoch_factors(replace(settings, epochs=1), epoch=1, steps=20)
+    assert all(1 > factor > later > 0 for factor, later in pairwise(factors))
+
+
+# --- the loop ---
+
+
+def test_step_follows_smoothed_labels_and_reports_the_loss_without(net, loader):
+    images, labels = next(iter(loader))
+    reference = Net()
+    reference.load_state_dict(net.state_dict())
+    F.cross_entropy(reference(images), labels, label_smoothing=0.3).backward()
+    loss, log_probs = train_step(net, images, labels, make_optimizers(net, config), label_smoothing=0.3)
+    for ours, expected in zip(net.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-6)
+    assert loss.item() == pytest.approx(F.nll_loss(log_probs, labels).item())
+
+
+def test_validation_averages_are_over_images_and_change_nothing(net, loader):
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    images, labels = loader.dataset.tensors
+    with torch.no_grad():
+        log_probs = net.eval()(images)
+    result = validate(net.train(), loader)
+    assert result["loss"] == pytest.approx(F.nll_loss(log_probs, labels).item(), rel=1e-5)
+    assert result["accuracy"] == pytest.approx(100 * (log_probs.argmax(1) == labels).float().mean().item())
+    assert equal(before, dict(net.state_dict()))
+
+
+def test_training_averages_are_over_images(net, loader):
+    log_probs = torch.cat([net(images) for images, _ in loader])  # BatchNorm's statistics are each batch's
+    labels = loader.dataset.tensors[1]
+    result = train_one_epoch(net, loader, make_optimizers(net, config), factors=[0, 0, 0])
+    assert result["loss"] == pytest.approx(F.nll_loss(log_probs, labels).item(), rel=1e-5)
+    assert result["accuracy"] == pytest.approx(100 * (log_probs.argmax(1) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_each_step_has_its_part_of_the_learning_rates(net, loader, optimizer):
+    before = [p.clone() for p in net.parameters()]
+    optimizers = make_optimizers(net, replace(config, optimizer=optimizer, learning_rate=2.0))
+    train_one_epoch(net, loader, optimizers, factors=[0, 0, 0])
+    assert all(map(torch.equal, before, net.parameters()))
+    train_one_epoch(net, loader, optimizers, factors=[0, 0, 0.1])  # a part of 2.0, not of the 0 that was set above
+    rates = [each.param_groups[0]["lr"] for each in optimizers]
+    assert rates == pytest.approx([0.2, 2.0] if optimizer == "muon" else [0.2])
+    assert not any(map(torch.equal, before, net.parameters()))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
+def test_it_learns(net, loader, optimizer):
+    images, labels = next(iter(loader))
+    optimizers = make_optimizers(net, replace(config, optimizer=optimizer))
+    losses = [train_step(net, images[:10], labels[:10], optimizers)[0].item() for _ in range(20)]
+    assert losses[-1] < 0.5 < 2 < losses[0]
+
+
+def test_network_and_optimizer_of_your_own(loader):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), nn.LogSoftmax(dim=1))
+    adam = torch.optim.Adam(net.parameters(), lr=1e-3)
+    first = validate(net, loader)
+    for _ in range(5):
+        train_one_epoch(net, loader, [adam])
+    assert adam.param_groups[0]["lr"] == 1e-3
+    assert validate(net, loader)["loss"] < first["loss"] / 2
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for an accelerator: that a tensor's value becomes Python's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(net, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)  # the bar is looked at by the clock: at the end only, here
+    optimizers, counts = make_optimizers(net, config), []
+    for batches in (1, 3):
+        loader = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * batches
+        with Waits() as waits:
+            train_one_epoch(net, loader, optimizers)
+            validate(net, loader)
+        counts.append(waits.count)
+    assert 0 < counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("look", [0.0, 1.0], ids=["at the end", "at each step"])
+def test_loss_that_is_not_finite_ends_training_with_the_step_that_had_it(monkeypatch, loader, look):
+    clock = iter(np.arange(100) * look)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), nn.LogSoftmax(dim=1))
+    loader.dataset.tensors[0][25] = float("inf")  # in the second batch
+    steps = []
+    net.register_forward_hook(lambda *args: steps.append(1))
+    with pytest.raises(RunStopped, match="Epoch 3/9: the loss is nan at step 2; a new run needs a lower --learning"):
+        train_one_epoch(net, loader, [torch.optim.SGD(net.parameters(), 0.1)], description="Epoch 3/9")
+    assert len(steps) == (2 if look else 3)
 
 
 # --- a whole run ---
 
 
-def test_run_prints_the_specifications_log_and_leaves_its_files(s8, capsys):
-    assert s8("--epochs", "2", "--run-dir", "run") == 0
+def test_run_prints_the_specifications_log_and_leaves_its_files(cli, tiny, capsys):
+    assert cli(*flags(tiny, run_dir="run"), "--no-report") == 0
     out, err = capsys.readouterr()
     assert err == ""  # no terminal, no bars
+    assert re.search(r"^Device: cpu \(\d+ threads\), precision float32, 0 workers\.\nRun: run$", out, re.MULTILINE)
     assert "Total params: 138,666" in out
-    assert re.search(r"^Device: cpu \(\d+ threads\), precision \w+, 0 workers\. Run: run$", out, re.M)
     number = r"(\d+\.\d{4})"
     losses = [rf"{name} Loss: {number}, {name} Acc: {number}\n" for name in ("Train", "Valid")]
-    summary = rf"\nEpoch (\d)/2 Summary:\n{losses[0]}{losses[1]}"
-    printed = re.findall(summary, out)
+    printed = re.findall(rf"\nEpoch (\d)/2 Summary:\n{losses[0]}{losses[1]}", out)
     assert [row[0] for row in printed] == ["1", "2"]
 
     assert sorted(os.listdir("run")) == [".lock", "best.pt", "config.json", "last.pt", "metrics.csv"]
     with open("run/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    columns = ["epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
+    columns = ["epoch", "learning_rate", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
     for row, values in zip(rows, printed, strict=True):
-        assert [f"{float(row[name]):.4f}" for name in columns[1:]] == list(values[1:])
-    recorded = json.loads(Path("run/config.json").read_text())
-    assert (recorded["dataset"], recorded["device"], recorded["epochs"]) == ("shapes", "cpu", 2)
+        assert list(row) == columns
+        assert [f"{float(row[name]):.4f}" for name in columns[2:]] == list(values[1:])
+    # That of config.learning_rate at the last of five steps: the middle of steps 5 and 10 of 10, of which 2 lead up.
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.02 * 5.5 / 8, 0.02 * 0.5 / 8])
 
+    with open("run/config.json") as file:
+        recorded = json.load(file)
+    assert (recorded["dataset"], recorded["device"], recorded["epochs"]) == ("folder", "cpu", 2)
     last = load_checkpoint("run/last.pt")
-    assert last["epoch"] == 2
-    assert last["config"] == recorded
-    assert last["class_names"] == list(sources.SHAPES)
-    assert [str(row["valid_loss"]) for row in last["metrics"]] == [row["valid_loss"] for row in rows]
+    assert (last["epoch"], last["config"], last["class_names"]) == (2, recorded, sorted(SHAPES))
+    assert [{name: str(value) for name, value in row.items()} for row in last["metrics"]] == rows
     best = max(last["metrics"], key=lambda row: row["valid_accuracy"])
+    assert f"Best Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in run." in out
     assert load_checkpoint("run/best.pt")["epoch"] == best["epoch"]
 
-    assert s8("--evaluate", "run/last.pt") == 0
-    assert f"Test Loss: {printed[1][3]}, Test Acc: {printed[1][4]}" in capsys.readouterr().out
+
+def test_same_seed_same_run_with_workers_and_without_pictures(finished, tiny, tmp_path):
+    train.main(replace(tiny, run_dir=str(tmp_path / "run"), num_workers=2), report=False)
+    assert equal(outcome(tmp_path / "run"), outcome(finished))
 
 
-def test_same_seed_same_run_with_dropout_and_workers(s8):
-    for name, workers in (("a", "0"), ("b", "2")):
-        argv = ("--epochs", "2", "--dropout", "0.1", "--num-workers", workers)
-        assert s8(*argv, "--run-dir", name) == 0
-    a, b = (load_checkpoint(f"{name}/last.pt") for name in "ab")
-    assert a["metrics"] == b["metrics"]
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
-    assert s8("--epochs", "1", "--dropout", "0.1", "--run-dir", "c", "--seed", "1") == 0
-    assert load_checkpoint("c/last.pt")["metrics"][0] != a["metrics"][0]
+def test_settings_reach_the_training(cli, tiny, narrow):
+    changes = [{}, {"seed": 1}, {"label_smoothing": 0.0}, {"dropout": 0.2}, {"precision": "bfloat16"}]
+    losses = set()
+    for number, change in enumerate(changes):
+        assert cli(*flags(tiny, epochs=1, **change, run_dir=f"run {number}"), "--no-report") == 0
+        losses.add(load_checkpoint(f"run {number}/last.pt")["metrics"][0]["train_loss"])
+    assert len(losses) == len(changes)
 
 
-def test_held_out_images_choose_and_the_test_images_are_used_once(s8, capsys, monkeypatch):
-    titles = []
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: titles.append((args[-1], args[1].split)) or validate(*args))
-    assert s8("--epochs", "2", "--valid-split", "0.2", "--run-dir", "run") == 0
-    assert [(title, len(split.labels)) for title, split in titles] == [
-        ("Epoch 1/2 - Validation", 30),
-        ("Epoch 2/2 - Validation", 30),
-        ("Test", 50),
-    ]
-    out = capsys.readouterr().out
-    assert s8("--evaluate", "run/best.pt") == 0
-    evaluated = capsys.readouterr().out.strip()
-    assert evaluated.startswith("Test Loss: ")
-    assert evaluated in out
-
-
-def test_mirrored_accuracy_is_printed_beside_the_other(s8, capsys):
-    assert s8("--epochs", "1", "--run-dir", "run") == 0
-    assert s8("--evaluate", "run/last.pt") == 0
-    plain = capsys.readouterr().out.splitlines()[-1]
-    assert s8("--evaluate", "run/last.pt", "--tta") == 0
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == plain
-    assert re.fullmatch(r"Mirrored Test Loss: \d+\.\d{4}, Mirrored Test Acc: \d+\.\d{4}", second)
-
-
-def test_default_run_dir_is_a_new_dated_one(s8, tmp_path):
-    assert s8("--epochs", "1") == 0
+def test_default_run_dir_is_a_new_dated_one(cli, tiny, narrow, tmp_path):
+    assert cli(*flags(tiny, epochs=1), "--no-report") == 0
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", os.listdir(tmp_path / "runs")[0])
-
-
-# --- the loop's numbers ---
-
-
-@pytest.fixture
-def uneven():
-    """Three batches of 20, 20 and 3 images."""
-    return FixedBatches(draw_shapes(43, np.random.default_rng(1)), make_normalization((0.5,) * 3, (0.25,) * 3), 20)
-
-
-def test_validation_averages_are_over_images(uneven):
-    net = Net()
-    images, labels = (torch.cat(part) for part in zip(*uneven, strict=True))
-    result = train.validate(net, uneven, CPU, torch.float32)
-    with torch.no_grad():
-        log_probs = net.eval()(images)
-    assert result["loss"] == pytest.approx(F.nll_loss(log_probs, labels).item(), rel=1e-5)
-    assert result["accuracy"] == pytest.approx(100 * (log_probs.argmax(1) == labels).float().mean().item())
-
-
-def test_training_averages_are_over_images(uneven):
-    torch.manual_seed(0)
-    net = Net()
-    losses = [F.nll_loss(net(images), labels).item() for images, labels in uneven]
-    optimizers = make_optimizers(net, **USUAL)
-    result = train.train_one_epoch(net, uneven, optimizers, OFF, [0.0] * 3, CPU, torch.float32)
-    assert result["loss"] == pytest.approx(np.average(losses, weights=[20, 20, 3]), rel=1e-5)
-
-
-def test_step_follows_smoothed_labels_and_reports_the_loss_without(uneven):
-    torch.manual_seed(0)
-    images, labels = next(iter(uneven))
-    net, reference = Net(), Net()
-    reference.load_state_dict(net.state_dict())
-    F.cross_entropy(reference(images), labels, label_smoothing=0.3).backward()
-    loss, log_probs = train.train_step(net, images, labels, make_optimizers(net, **USUAL), OFF, torch.float32, 0.3)
-    for ours, expected in zip(net.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-6)
-    assert loss.item() == pytest.approx(F.nll_loss(log_probs, labels, reduction="sum").item())
-
-
-def test_decay_smoothing_and_augmentation_of_the_settings_count(s8):
-    usual = {"epochs": 1, "label_smoothing": 0}
-    runs = {
-        "usual": {},
-        "decayed": {"muon_weight_decay": 10},
-        "smoothed": {"label_smoothing": 0.5},
-        "still": {"shift_scale_rotate_probability": 0},
-        "whole": {"coarse_dropout_probability": 0},
-    }
-    for name, settings in runs.items():
-        settings = {**usual, **settings, "run_dir": name}
-        flags = [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-        assert s8(*flags) == 0
-    losses = {load_checkpoint(f"{name}/last.pt")["metrics"][0]["valid_loss"] for name in runs}
-    assert len(losses) == len(runs)
-
-
-@pytest.mark.parametrize("muon", [0.0, 0.5], ids=["SGD", "Muon"])
-def test_each_step_has_its_part_of_the_learning_rates(uneven, muon):
-    net = Net()
-    before = [p.clone() for p in net.parameters()]
-    optimizers = make_optimizers(net, **{**USUAL, "learning_rate": 2.0}, muon_learning_rate=muon)
-    train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.0], CPU, torch.float32)
-    assert all(map(torch.equal, before, net.parameters()))
-    train.train_one_epoch(net, uneven, optimizers, OFF, [0.0, 0.0, 0.1], CPU, torch.float32)
-    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == ([0.05, 0.2] if muon else [0.2])
-    assert not any(map(torch.equal, before, net.parameters()))
-
-
-def test_nothing_waits_for_the_device_at_each_step(uneven, monkeypatch):
-    """What would make the host wait for an accelerator happens in Meter.result alone: a few times a second."""
-    waiting = []
-    result = Meter.result
-
-    def allowed(meter):
-        with monkeypatch.context() as patch:
-            for name, original in originals.items():
-                patch.setattr(torch.Tensor, name, original)
-            return result(meter)
-
-    names = ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__")
-    originals = {name: getattr(torch.Tensor, name) for name in names}
-    monkeypatch.setattr(Meter, "result", allowed)
-    batches = list(uneven)
-    net = Net()
-    optimizers = make_optimizers(net, **USUAL, muon_learning_rate=0.1)
-    for name, original in originals.items():
-        monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name, f=original: waiting.append(name) or f(*a))
-    train.train_one_epoch(net, batches, optimizers, OFF, [0.1] * 3, CPU, torch.float32)
-    train.validate(net, batches, CPU, torch.float32)
-    assert waiting == []
-    assert torch.ones(1).item() == 1
-    assert waiting == ["item"]  # the trap works
-
-
-@pytest.mark.parametrize("muon", [0.0, 1.0], ids=["SGD", "Muon"])
-def test_it_learns(uneven, muon):
-    torch.manual_seed(0)
-    net = Net()
-    optimizers = make_optimizers(net, **USUAL, muon_learning_rate=muon)
-    batches = list(uneven)[:1]
-    losses = [
-        train.train_one_epoch(net, batches, optimizers, OFF, [0.02], CPU, torch.float32)["loss"] for _ in range(40)
-    ]
-    assert losses[-1] < 0.5 < 2 < losses[0]
-
-
-# --- what is shown ---
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_bars_have_the_specifications_form(uneven, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(
-        utils.tqdm, "__init__", lambda bar, *a, f=utils.tqdm.__init__, **k: f(bar, *a, file=sys.stderr, **k)
-    )
-    monkeypatch.setenv("COLUMNS", "120")
-    train.validate(Net(), uneven, CPU, torch.float32, "Epoch 1/30 - Validation")
-    last = sys.stderr.getvalue().split("\r")[-1]
-    assert re.match(
-        r"Epoch 1/30 - Validation: 100%\|.*\| 3/3 \[\d\d:\d\d<00:00, .*it/s, accuracy=\d+\.\d{3}, loss=\d\.\d{4}\]",
-        last,
-    )
-
-
-# --- what can go wrong ---
-
-
-def test_loss_that_is_not_finite_stops_the_run(s8, refusal):
-    code = s8(
-        "--epochs", "3", "--run-dir", "run", "--learning-rate", "1000", "--schedule", "constant", "--dropout", "0.9"
-    )
-    assert code == 1
-    assert re.search(
-        r"Epoch \d/3 - (Training|Validation): the loss is (nan|inf) at step \d+; a new run needs a lower "
-        r"--learning-rate or --muon-learning-rate; (no epoch is finished yet|epoch \d is saved)$",
-        refusal().strip(),
-    )
-
-
-def test_the_first_loss_that_is_not_finite_is_found(uneven):
-    meter = Meter("Epoch 3/9 - Training", 3, CPU)
-    for loss in (1.0, float("nan"), float("inf")):
-        meter.update(torch.tensor(loss), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(NonFiniteLoss, match="Epoch 3/9 - Training: the loss is nan at step 2"):
-        list(with_progress([], meter))
-
-
-def test_run_dir_that_holds_a_run_is_kept(s8, capsys, refusal):
-    assert s8("--epochs", "1", "--run-dir", "run") == 0
-    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-    capsys.readouterr()
-    assert s8("--epochs", "1", "--run-dir", "run", "--seed", "1") == 2
-    assert "run_dir run holds a run already" in refusal()
-    assert before == {path.name: path.read_bytes() for path in Path("run").iterdir()}
-
-
-def test_run_dir_that_cannot_be_written(s8, refusal):
-    Path("file").touch()
-    assert s8("--run-dir", "file/run") == 2
-    assert "run_dir file/run cannot be written" in refusal()
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--device", "cud"], "device 'cud'"),
-        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--device", "cud"], "device 'cud' cannot be used here"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
         (["--device", "cpu", "--precision", "float16"], "float16 needs a CUDA device"),
-        (["--valid-split", "0.001"], "valid_split"),
         (["--epochs", "0"], "epochs must be between 1"),
+        (["--dataset", "shapes", "--valid-split", "0.001"], "valid_split"),
     ],
 )
-def test_wrong_setting_leaves_nothing_behind(s8, argv, words, refusal, tmp_path):
-    assert s8(*argv) == 2
+def test_wrong_setting_leaves_nothing_behind(cli, argv, words, refusal, tmp_path):
+    assert cli(*argv) == 2
     assert words in refusal()
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,246 @@
+import hashlib
+import io
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import RunStopped, UsageError
+from model import Net
+from tests.conftest import equal
+from utils import (
+    Meter,
+    choose_device,
+    choose_precision,
+    choose_workers,
+    describe_device,
+    load_checkpoint,
+    make_deterministic,
+    save_checkpoint,
+    seed_torch,
+    with_progress,
+    write_atomically,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# --- device, precision, workers, seeds ---
+
+
+def test_auto_device_is_the_accelerator_or_else_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert choose_device("auto") == CPU
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda:99"))
+    with pytest.raises(UsageError, match="device 'cuda:99'"):  # it is tried, and there is none
+        choose_device("auto")
+
+
+@pytest.mark.parametrize("name", ["", "cud", "cuda:99", "cpu:x", "meta"])
+def test_device_that_cannot_be_used_is_refused_with_the_way_out(name):
+    with pytest.raises(UsageError, match=rf"^device {name!r} cannot be used here \(.+\): name another with --device$"):
+        choose_device(name)
+
+
+def test_cpu_is_described_with_its_threads():
+    assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "precision"),
+    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+)
+def test_auto_precision_of_a_cpu_is_bfloat16_where_it_is_native(monkeypatch, capabilities, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert choose_precision("auto", CPU) == precision
+    assert choose_precision("float32", CPU) == "float32"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
+def test_auto_precision_of_a_gpu_is_bfloat16_where_it_is_native(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", CUDA) == precision
+    assert choose_precision("float16", CUDA) == "float16"
+
+
+def test_float16_off_cuda_is_refused():
+    with pytest.raises(UsageError, match="precision float16 needs a CUDA device, not cpu: name another with --prec"):
+        choose_precision("float16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "beside_cpu", "beside_cuda"), [(64, 1, 1, 8), (2, 1, 0, 1), (64, 16, 1, 3), (64, 64, 0, 1)]
+)
+def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, processes, beside_cpu, beside_cuda):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # torchrun's processes on this machine
+    assert (choose_workers(-1, CPU), choose_workers(-1, CUDA)) == (beside_cpu, beside_cuda)
+    assert choose_workers(3, CPU) == 3
+
+
+def test_deterministic_asks_torch_for_it(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        make_deterministic(True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark
+        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
+    finally:
+        make_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+
+
+def test_random_numbers_follow_from_seed_epoch_and_rank():
+    numbers = []
+    for key in [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (2**63 - 1, 1, 0), (0, 1, 0)]:
+        seed_torch(*key)
+        numbers.append(torch.rand(1).item())
+    assert numbers[0] == numbers[-1]
+    assert len(set(numbers)) == 5
+
+
+# --- meter and bar ---
+
+
+def test_meter_averages_over_images():
+    meter = Meter("Training", 2, CPU)
+    log_probs = torch.zeros(4, 10).index_fill_(1, torch.tensor([7]), 1.0)  # all are taken for class 7
+    meter.update(torch.tensor(1.0), log_probs, torch.tensor([7, 7, 7, 0]))
+    meter.update(torch.tensor(3.0), log_probs[:1], torch.tensor([0]))
+    assert meter.result() == meter.total() == {"loss": (4 * 1 + 1 * 3) / 5, "accuracy": 60.0}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_meter_finds_the_first_loss_that_is_not_finite(bad):
+    meter = Meter("Epoch 3/9 - Training", 3, CPU)
+    for loss in (1.0, bad, float("nan")):
+        meter.update(torch.tensor(loss), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(RunStopped, match=rf"Epoch 3/9 - Training: the loss is {bad} at step 2; .+ --learning-rate"):
+        meter.result()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stderr", [Terminal(), io.StringIO()], ids=["terminal", "file"])
+def test_bar_has_the_specifications_form_and_is_for_terminals_only(monkeypatch, stderr):
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("COLUMNS", "120")
+    meter = Meter("Epoch 1/30 - Validation", 3, CPU)
+    for _, labels in with_progress([(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))] * 3, meter):
+        meter.update(torch.tensor(0.5), torch.eye(10)[[0, 0]], labels)
+    bar = r"Epoch 1/30 - Validation: 100%\|.+\| 3/3 \[\d\d:\d\d<00:00, .+it/s, accuracy=50\.000, loss=0\.5000\]\n"
+    assert re.fullmatch(bar if stderr.isatty() else "", stderr.getvalue().split("\r")[-1])
+
+
+# --- files ---
+
+
+def test_file_is_replaced_by_a_whole_new_one(tmp_path):
+    path = tmp_path / "page"
+    for content in (b"old", b"new"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, step):
+    def refuse(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "page"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open" if step == "open" else f"os.{step}", refuse)
+        with pytest.raises(RunStopped, match=r"page cannot be written \(No space left on device\)"):
+            write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_disk_that_became_read_only_is_told_in_one_line(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)  # the temporary cannot be removed either
+    with pytest.raises(RunStopped, match=r"page cannot be written \(Read-only file system\)"):
+        write_atomically(tmp_path / "page", b"")
+
+
+# --- checkpoints ---
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "some.pt"
+    save_checkpoint(path, {"model": Net(base_channels=2).state_dict(), "class_names": ["cat", "dog"], "epoch": 3})
+    return path
+
+
+def test_checkpoint_comes_back_and_torch_reads_it_too(checkpoint):
+    content = load_checkpoint(checkpoint)
+    assert (content["class_names"], content["epoch"]) == (["cat", "dog"], 3)
+    assert equal(content, torch.load(checkpoint, weights_only=True))
+    Net(base_channels=2).load_state_dict(content["model"])
+
+
+def test_flipped_bit_anywhere_is_found(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    for position in [*range(0, len(content), len(content) // 97), len(content) - 1]:
+        content[position] ^= 8
+        checkpoint.write_bytes(content)
+        content[position] ^= 8
+        with pytest.raises(UsageError, match=r"^checkpoint .+some\.pt is damaged"):
+            load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("size", [0, 10, 1000, -1])
+def test_truncated_checkpoint_is_refused(checkpoint, size):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:size])
+    with pytest.raises(UsageError, match=r"^checkpoint .+some\.pt is damaged"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["nowhere.pt", "."])
+def test_missing_checkpoint_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=r"^checkpoint .+ cannot be read \((No such file|Is a directory)"):
+        load_checkpoint(tmp_path / name)
+
+
+def seal(path, content):
+    """Write a file with the right SHA-256 at its end, as anybody can."""
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+@pytest.mark.parametrize("content", [[1], {"epoch": 1}, {"format": "s8erav3-0"}], ids=["list", "none", "other"])
+def test_other_format_is_refused(tmp_path, content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    seal(tmp_path / "older.pt", buffer.getvalue())
+    with pytest.raises(UsageError, match=r"older\.pt is not of format s8erav3-\d+: another version"):
+        load_checkpoint(tmp_path / "older.pt")
+
+
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "with its SHA-256"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
+def test_malicious_checkpoint_never_runs(tmp_path, sealed, zipped):
+    class Malicious:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "marker"),)
+
+    buffer = io.BytesIO()
+    torch.save(Malicious(), buffer) if zipped else buffer.write(pickle.dumps(Malicious()))
+    write = seal if sealed else Path.write_bytes
+    write(tmp_path / "bad.pt", buffer.getvalue())
+    with pytest.raises(UsageError, match=r"bad\.pt " + ("holds more than tensors" if sealed else "is damaged")):
+        load_checkpoint(tmp_path / "bad.pt")
+    assert not (tmp_path / "marker").exists()
