@@ -68,6 +68,7 @@ RANGES = {
     "dropout": (0, 0.9),
     "seed": (0, 2**63 - 1),
 }
+NEEDED = {"dataset", "data_dir", "optimizer", "schedule", "nesterov", "device", "precision", "compile", "deterministic"}
 
 
 class UsageError(ValueError):
@@ -87,12 +88,17 @@ class RunStopped(Exception):
 
 def check(config: Config) -> None:
     """Raise UsageError, naming the field, the value and what is allowed, for the first field that is wrong."""
-    for name, kind in get_type_hints(Config).items():
+    kinds = get_type_hints(Config)
+    for name in sorted((NEEDED | RANGES.keys()) - kinds.keys()):
+        raise UsageError(f"the field {name} is missing, and the program needs it")
+    for name, kind in kinds.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
                 raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
-        elif kind in (bool, int, float, str) and type(value) is not kind and not (kind is float and type(value) is int):
+        elif kind not in (bool, int, float, str):
+            raise UsageError(f"{name} must be declared as bool, int, float, str or Literal, not as {kind}")
+        elif type(value) is not kind and not (kind is float and type(value) is int):
             raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if name in RANGES:
             low, high = RANGES[name]

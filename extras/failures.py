@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import distributed as dist
 
-from config import Config, RunStopped, UsageError
+from config import RunStopped, UsageError
 
 
 class Stop(BaseException):
@@ -49,8 +49,6 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
     text = whole.partition("\n")[0]
     if isinstance(error, UsageError):
         return 2, f"error: {text}"
-    if isinstance(error, AttributeError) and isinstance(error.obj, Config):
-        return 2, f"error: config.py has no field {error.name}, and the program needs it"
     if isinstance(error, Stop):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):
@@ -61,9 +59,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return 1, "stopped: the output cannot be written, there is no space left"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in whole):
         return 1, f"stopped: another process of the run died or does not answer ({text})"
-    if isinstance(error, (MemoryError, RuntimeError)) and re.search(
-        "shared memory|/dev/shm|Bus error|torch_shm", whole
-    ):
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(NO_SHARED_MEMORY, whole):
         return 1, (
             "stopped: no shared memory is left for the processes that augment: give Docker --shm-size 1g, or "
             "fewer --num-workers, or a smaller --batch-size in a new run"
