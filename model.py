@@ -101,8 +101,7 @@ class Net(nn.Module):
     Input (N, 3, image_size, image_size), normalized; output (N, num_classes) log-probabilities, always
     float32: train with `F.nll_loss`, not with cross-entropy.
 
-    blocks: the table, default_blocks(base_channels) if not given.
-    base_channels: width of the default table; every channel count is a multiple of it.
+    blocks: the table; base_channels: width of the default one, of which every channel count is a multiple.
     dropout: probability that Dropout2d zeroes a channel.
     Raises ValueError, naming the block and the reason, for a table that cannot work.
     """
@@ -198,10 +197,7 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
 
 
 def print_summary(net: Net) -> None:
-    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept.
-
-    Of a network that torchsummary cannot follow it says so.
-    """
+    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
     import copy
 
     import torchsummary
@@ -211,8 +207,8 @@ def print_summary(net: Net) -> None:
         side = getattr(net, "image_size", 32)
         try:
             torchsummary.summary(copy.deepcopy(net).cpu(), (3, side, side), device="cpu")
-        except Exception as error:  # a network of your own may return what it does not know
-            print(f"(torchsummary has no summary of this network: {error})")
+        except Exception as error:  # of a network of your own
+            print(f"(no summary by torchsummary: {error})")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,8 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     ratio = 10 if mixing else 1
     # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.
     weight_decay = config.weight_decay * (1 - config.momentum) / ratio
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed, spared = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared}]
     rate, sgd_options = config.learning_rate, {"momentum": config.momentum, "nesterov": config.nesterov}
     sgd = torch.optim.SGD(groups, ratio * rate, fused=True, **sgd_options)
     return [Muon(mixing, rate, weight_decay=config.weight_decay), sgd] if mixing else [sgd]

@@ -142,8 +142,11 @@ def resize_image(image: Image.Image) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # of a 16-bit colour image, read as 8 bits
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
-        pixels, transparent = np.asarray(image), image.info.get("transparency")
+        pixels = np.asarray(image)
         if pixels.max() < 2**12:
             warn("a 16-bit image has values below 4,096 only: it is nearly black, scale it to 16 bits if it should not")
         image = Image.fromarray(np.where(pixels == transparent, 255, pixels >> 8).astype(np.uint8))

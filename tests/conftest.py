@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -101,6 +102,26 @@ def narrow(monkeypatch):
     """Let runs in this process train a network of an eighth of the width, in a third of the time."""
     for module in (train, predict):  # where a run makes it, and where it is loaded again
         monkeypatch.setattr(module, "Net", functools.partial(Net, base_channels=2))
+
+
+@pytest.fixture
+def before(monkeypatch):
+    """Return a function that arranges for an action, in this process, before a file of that name is replaced.
+
+    nth: at which of the times.
+    """
+
+    def arrange(name: str, action: Callable[[], None], nth: int = 1) -> None:
+        replace, times = os.replace, iter(range(1, 1000))
+
+        def watched(source, target):
+            if Path(target).name == name and next(times) == nth:
+                action()
+            return replace(source, target)
+
+        monkeypatch.setattr(os, "replace", watched)
+
+    return arrange
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from model import Block, BlockSpec, Net, default_blocks, print_summary, receptive_field_table, receptive_fields
+from model import Block, BlockSpec, Net, default_blocks, print_summary, receptive_fields
+from tests.conftest import ROOT
 
 # The specification's table: type, shape, parameters.
 SUMMARY = """\
@@ -25,9 +26,7 @@ Conv2d 32,6,6 9248; AvgPool2d 32,1,1 0; Conv2d 10,1,1 330
 
 
 def test_summary_is_the_table_of_the_specification(capsys):
-    net = Net()
-    random_state, running_mean = torch.get_rng_state(), net.blocks[0][1].running_mean.clone()
-    print_summary(net)
+    print_summary(Net())
     lines = capsys.readouterr().out.splitlines()
     expected = [row.split() for row in SUMMARY.replace("\n", ";").split(";") if row]
     rows = [line.replace(", ", ",").replace("[-1,", "[").split() for line in lines[3:41]]
@@ -43,9 +42,31 @@ def test_summary_is_the_table_of_the_specification(capsys):
         "Params size (MB): 0.53",
         "Estimated Total Size (MB): 4.49",
     ]
+
+
+def test_summary_changes_nothing():
+    net = Net()
+    random_state, running_mean = torch.get_rng_state(), net.blocks[0][1].running_mean.clone()
+    print_summary(net)
     assert net.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(net.blocks[0][1].running_mean, running_mean)
+
+
+def test_summary_of_a_network_that_torchsummary_cannot_follow_says_so(capsys):
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    print_summary(torch.nn.Sequential(Pair()))
+    assert "no summary of this network" in capsys.readouterr().out
+
+
+def test_python_model_py_prints_receptive_fields_and_layers(capsys):
+    runpy.run_path(str(ROOT / "model.py"), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "4      64 -> 32   plain        unpadded    6x6     35, 43, 51\n" in out
+    assert "Total params: 138,666" in out
 
 
 def test_output_is_log_probabilities():
@@ -101,7 +122,6 @@ def test_receptive_field_agrees_with_gradients(blocks):
 
 def test_receptive_field_of_the_specification():
     assert receptive_fields(default_blocks()) == [[3, 5, 9], [11, 13, 15], [19, 23, 27], [35, 43, 51]]
-    assert "35, 43, 51" in receptive_field_table(default_blocks())
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -130,28 +150,39 @@ def test_net_follows_its_arguments():
         ((BlockSpec(3, 8), BlockSpec(9, 8)), "block 2: in_channels is 9, but block 1 has 8"),
         ((BlockSpec(3, 0),), "block 1: out_channels must be 1 or more"),
         ((BlockSpec(3, 8, last="diluted"),), "block 1: last must be one of plain"),
-        ((BlockSpec(3, 8, 1, last="strided"),) * 1 + (BlockSpec(8, 8, 1, last="unpadded"),) * 9, "block 9: nothing"),
+        ((BlockSpec(3, 8, 1, last="strided"), *[BlockSpec(8, 8, 1, last="unpadded")] * 9), "block 9: nothing"),
+        ((BlockSpec(3, 8, 1, last="strided"), *[BlockSpec(8, 8, 1, last="strided")] * 4), "block 5: a 1x1 image"),
     ],
 )
-def test_table_that_cannot_work(blocks, message):
+def test_table_that_cannot_work_is_refused_with_the_block_and_the_reason(blocks, message):
     with pytest.raises(ValueError, match=message):
         Net(blocks)
 
 
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match="32x32"):
-        Net()(torch.randn(1, 3, 64, 64))
+def test_number_of_classes_in_the_place_of_the_table_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"Net\(num_classes=100\)"):
+        Net(100)
 
 
-def test_compile_and_export_give_the_same_output():
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 1, 32, 32), (3, 32, 32)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=r"takes images \(N, 3, 32, 32\).* not \("):
+        Net()(torch.randn(shape))
+
+
+@pytest.mark.parametrize("kind", ["export", "fx"])
+def test_network_can_be_exported_for_any_number_of_images(kind):
     net, x = Net().eval(), torch.randn(4, 3, 32, 32)
-    expected = net(x)
-    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), expected)
-    dynamic = {"x": {0: torch.export.Dim("batch")}}
-    torch.testing.assert_close(torch.export.export(net, (x,), dynamic_shapes=dynamic).module()(x), expected)
+    if kind == "export":
+        exported = torch.export.export(net, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}}).module()
+    else:
+        exported = torch.fx.symbolic_trace(net)
+    for images in (x, x[:2]):
+        torch.testing.assert_close(exported(images), net(images))
 
 
-def test_importing_model_imports_only_torch():
-    code = "import sys; import torch; before = set(sys.modules); import model; print(*set(sys.modules) - before)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["model"]
+def test_model_imports_only_torch():
+    """The file alone can be taken into another project."""
+    lines = [line.split() for line in (ROOT / "model.py").read_text().splitlines()]
+    imported = {words[1].partition(".")[0] for words in lines if words[:1] in (["import"], ["from"])}
+    assert imported - sys.stdlib_module_names == {"torch", "torchsummary"}  # the latter in print_summary alone
