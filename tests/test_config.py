@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from config import RANGES, Config, UsageError, check, config
+from tests.conftest import ROOT
 
 
 def test_config_as_it_is_passes():
@@ -75,3 +76,31 @@ def test_unknown_word_is_named_with_those_that_are_known(name):
 def test_nesterov_without_momentum_is_refused_with_the_way_out():
     with pytest.raises(UsageError, match="give --nesterov false too"):
         check(replace(config, momentum=0.0))
+
+
+def edited_config(old, new):
+    """Return config.py's names, with a piece of it edited."""
+    source, names = (ROOT / "config.py").read_text(), {"__name__": "edited_config"}
+    assert old in source
+    exec(source.replace(old, new), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("batch_size: int = 128", "", "the field batch_size is missing"),
+        ("device: str", "gadget: str", "the field device is missing"),
+        ("epochs: int = 30", "epochs: list = 30", "epochs must be declared as bool, int, float, str or Literal"),
+        ("epochs: int = 30", "epochs: int = 30.0", "epochs must be of type int, not 30.0"),
+    ],
+)
+def test_mistake_in_config_py_itself_is_named(old, new, words):
+    edited = edited_config(old, new)
+    with pytest.raises(ValueError, match=words):
+        edited["check"](edited["config"])
+
+
+def test_field_of_your_own_is_welcome():
+    edited = edited_config("epochs: int", "note: str = ''\n    epochs: int")
+    edited["check"](edited["config"])

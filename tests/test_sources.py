@@ -3,7 +3,9 @@ import os
 import pickle
 import tarfile
 import urllib.error
+import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -282,6 +284,18 @@ def test_sixteen_bit_grey_is_scaled(saved, capsys):
     assert (image[16:] == 40_000 // 256).all()
     assert (image[:16] == 255).all()  # what is transparent is white here too
     assert capsys.readouterr().err == ""
+
+
+def test_sixteen_bit_colour_is_scaled_and_transparent_is_white(tmp_path):
+    pixels = np.full((32, 32, 3), 40_000, dtype=np.uint16)
+    pixels[:16] = 30_000
+    png = cv2.imencode(".png", pixels)[1].tobytes()
+    chunk = b"tRNS" + np.full(3, 30_000, dtype=">u2").tobytes()  # Pillow and OpenCV write none
+    chunk = (6).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    (tmp_path / "deep.png").write_bytes(png[:33] + chunk + png[33:])
+    image = read_image(tmp_path / "deep.png")
+    assert (image[16:] == 40_000 // 256).all()
+    assert (image[:16] == 255).all()
 
 
 def test_sixteen_bit_grey_that_would_be_black_is_warned_of_once(saved, capsys):

@@ -1,0 +1,69 @@
+import multiprocessing
+import signal
+import socket
+import time
+import warnings
+from multiprocessing.resource_sharer import DupFd
+
+import albumentations as A
+import numpy as np
+import pytest
+
+from dataset import ImageDataset, make_loader
+from extras.sources import SHAPES, draw_shapes
+from extras.transforms import RepeatableCompose
+from extras.workers import start_worker
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="Windows cannot fork")
+
+
+def shapes(transform=None, num_workers=1):
+    """A loader of two batches."""
+    augmentation = None if transform is None else RepeatableCompose([transform])
+    dataset = ImageDataset(*draw_shapes(20, np.random.default_rng(0)), SHAPES, (0.5,) * 3, (0.25,) * 3, augmentation)
+    return make_loader(dataset, 16, num_workers=num_workers)
+
+
+@needs_fork
+def test_main_process_goes_on_to_get_its_signals():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    next(iter(shapes()))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+def let_go_of_a_batch():
+    """What a worker sees when the main process, as it ends, does not come for a batch that it asked for."""
+    start_worker(0)
+    socket.socket(socket.AF_UNIX).connect(DupFd(0)._id[0])
+    time.sleep(0.5)
+
+
+@needs_fork
+def test_worker_says_nothing_when_the_main_process_lets_go_of_a_batch(capfd):
+    worker = multiprocessing.get_context("fork").Process(target=let_go_of_a_batch)
+    worker.start()
+    worker.join()
+    assert (worker.exitcode, capfd.readouterr().err) == (0, "")
+
+
+def leave_no_room(image, **kwargs):
+    """Let this worker find no more shared memory."""
+    import resource  # Windows has none
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    return image
+
+
+@needs_fork
+def test_batch_that_cannot_be_handed_over_is_an_error_and_not_waited_for():
+    loader = shapes(A.Lambda(image=leave_no_room, p=1))
+    loader.multiprocessing_context = "fork"
+    loader.collate_fn = list  # so that the shared memory is needed late, by the thread that hands batches over
+    with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
+        next(iter(loader))
+
+
+def test_more_workers_than_cores_are_nobodys_mistake():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shapes(num_workers=200)
