@@ -18,7 +18,7 @@ from extras.distributed import first_to_fail, launcher, process_group
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
-from extras.runs import LAST, describe_progress, new_run_dir, resumed_config
+from extras.runs import LAST, checkpoint_that_counts, describe_progress, new_run_dir, resumed_config
 from extras.speed import keep_freed_memory
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
@@ -143,6 +143,7 @@ def set_up_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a notebook's takes everything
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    os.environ.pop("MPLBACKEND", None)  # a notebook's would be looked for here, and no picture is shown
 
 
 def run(main: Callable[..., None]) -> None:
@@ -194,7 +195,11 @@ def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -
         main(config, report=arguments.report)
     elif dist.is_initialized() and dist.get_rank() > 0:
         return
-    elif arguments.predict:
-        print_predictions(arguments.evaluate, arguments.predict)
     else:
-        evaluate(arguments.evaluate, {"device": config.device} | arguments.given, arguments.report, arguments.tta)
+        path = arguments.evaluate
+        if Path(path).is_dir():  # a run's folder
+            path = checkpoint_that_counts(path, resumed_config(path, {}).valid_split)
+        if arguments.predict:
+            print_predictions(path, arguments.predict)
+        else:
+            evaluate(path, {"device": config.device} | arguments.given, arguments.report, arguments.tta)

@@ -10,7 +10,7 @@ from config import Config, UsageError, check
 from dataset import Datasets, ImageDataset, make_augmentation, make_loader
 from extras.failures import only_warn
 from extras.predict import average_views, compute_log_probs, load_network
-from extras.runs import best_row, checkpoint_that_counts, read_config, resumed_config
+from extras.runs import best_row, checkpoint_that_counts, read_config
 from extras.sources import load_source
 from utils import DTYPES, choose_device, choose_precision
 
@@ -34,11 +34,9 @@ def draw_report(folder: Path, net: torch.nn.Module, checkpoint: dict, data: tupl
 def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
 
-    path: of a checkpoint, or of a run's folder. report: whether its pictures and report.md are written beside it.
-    tta: whether the accuracy with mirrored images is printed too. Raises UsageError.
+    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
+    images is printed too. Raises UsageError.
     """
-    if Path(path).is_dir():
-        path = checkpoint_that_counts(path, resumed_config(path, {}).valid_split)
     net, checkpoint = load_network(path)
     config = replace(read_config(checkpoint["config"], path), **{"device": "auto", **given})
     check(config)

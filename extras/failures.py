@@ -36,7 +36,7 @@ def only_warn(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        warn(f"{what} cannot be drawn ({type(error).__name__}: {str(error).partition(chr(10))[0]})")
+        warn(f"{what} cannot be drawn ({type(error).__name__}: {str(error).partition(chr(10))[0][:150]})")
 
 
 NO_SHARED_MEMORY = "shared memory|/dev/shm|Bus error|torch_shm|exit code 75"  # 75: see workers.py

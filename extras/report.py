@@ -33,7 +33,8 @@ names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be
 
 
 def short(name: str, length: int = 20) -> str:
-    """Return a class name as it fits into a picture."""
+    """Return a class name, which may be a folder's of any bytes, as it fits into a picture."""
+    name = name.encode(errors="backslashreplace").decode()
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 

@@ -4,8 +4,11 @@ DIE_AT="write last.pt": when that file's temporary is opened; DIE_AT="replace be
 DIE_AT="import torch": when that module is imported. DIE_OF="SIGINT": of that signal instead of SIGKILL.
 DIE_IN_RANK="1": only in that one of torchrun's processes.
 START_METHOD="spawn": how the processes that augment are started.
+QUICK_END="yes": Python does not collect what torch has left at the end, which takes it a second.
 """
 
+import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -32,3 +35,5 @@ if what and os.environ.get("RANK") == os.environ.get("DIE_IN_RANK"):
     sys.addaudithook(watch)
 if "START_METHOD" in os.environ:
     multiprocessing.set_start_method(os.environ["START_METHOD"])
+if "QUICK_END" in os.environ:
+    atexit.register(gc.freeze)
