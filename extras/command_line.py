@@ -5,6 +5,7 @@ import difflib
 import os
 import signal
 import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -73,12 +74,7 @@ def make_parser() -> _Parser:
         parser.add_arguments(Config, dest="config", default=config)
     except UsageError as error:
         parser.error(f"config.py: {error}")
-    except (
-        TypeError,
-        ValueError,
-        KeyError,
-        NotImplementedError,
-    ) as error:  # simple_parsing's
+    except Exception as error:  # simple_parsing's own
         parser.error(f"config.py: a field's type cannot become a flag ({error})")
     return parser
 
@@ -170,8 +166,9 @@ def run(main: Callable[..., None]) -> None:
         if dist.is_initialized() and not first_to_fail():
             os._exit(1)  # at once: what the others wait for will not come
         failure = describe_failure(error)
-        if failure is None:
+        if failure is None and not dist.is_initialized():
             raise
+        failure = failure or (1, traceback.format_exc())
         resumable = getattr(error, "resumable", True)
     finally:
         if "ipykernel" in sys.modules:  # a notebook lives on
