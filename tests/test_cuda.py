@@ -1,0 +1,84 @@
+"""What only a GPU can show; without one these tests are skipped."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import config
+from model import Net
+from tests.conftest import equal, flags, outcome, start
+from train import make_optimizers, train_step, validate
+from utils import DTYPES, Meter, load_checkpoint
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_every_precision_trains_and_evaluates(cli, tiny, capsys, precision):
+    argv = flags(tiny, device="cuda", precision=precision, optimizer="sgd", learning_rate=0.1, epochs=8, run_dir="run")
+    assert cli(*argv, "--no-report") == 0
+    out = capsys.readouterr().out
+    assert f"Device: cuda ({torch.cuda.get_device_name()}), precision {precision}," in out
+    last = load_checkpoint("run/last.pt")
+    losses = [row["train_loss"] for row in last["metrics"]]
+    assert losses[-1] < losses[0]
+    assert bool(last["scaler"]) == (precision == "float16")  # its state is saved, to be continued
+    assert cli("--evaluate", "run/last.pt", "--no-report") == 0
+    assert f"Test Loss: {last['metrics'][-1]['valid_loss']:.4f}" in capsys.readouterr().out
+
+
+def test_loss_of_the_cpu_in_float32():
+    torch.manual_seed(0)
+    net, images, labels = Net(), torch.randn(8, 3, 32, 32), torch.arange(8)
+    here = validate(net, [(images, labels)])
+    there = validate(net.to("cuda", memory_format=torch.channels_last), [(images, labels)])
+    assert there["loss"] == pytest.approx(here["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_network_trains(cli, tiny, precision):
+    pytest.importorskip("triton")
+    argv = flags(tiny, device="cuda", precision=precision, compile=True, dropout=0.0)
+    assert cli(*argv, "--run-dir", "compiled", "--no-report") == 0
+    assert cli(*argv, "--run-dir", "plain", "--compile", "false", "--no-report") == 0
+    compiled, plain = (load_checkpoint(f"{name}/last.pt") for name in ("compiled", "plain"))
+    assert compiled["model"].keys() == plain["model"].keys()
+    assert compiled["metrics"][0]["train_loss"] == pytest.approx(plain["metrics"][0]["train_loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+def test_killed_and_continued_it_is_the_same_run_if_deterministic(tiny, tmp_path, precision):
+    argv = [*flags(tiny, device="cuda", precision=precision, num_workers=2, deterministic=True), "--no-report"]
+    for run_dir, moment in (("straight", ""), ("killed", "write last.pt"), ("killed", "replace best.pt")):
+        again = (tmp_path / run_dir).exists()
+        command = ["--resume", run_dir, "--no-report"] if again else [*argv, "--run-dir", run_dir]
+        process = start(*command, cwd=tmp_path, DIE_AT=moment)
+        _, err = process.communicate(timeout=300)
+        assert (err, process.returncode < 0) == ("", bool(moment))
+    process = start("--resume", "killed", "--no-report", cwd=tmp_path)
+    assert process.communicate(timeout=300)[1] == ""
+    assert equal(outcome(tmp_path / "killed"), outcome(tmp_path / "straight"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_step_waits_for_the_device(precision):
+    net = Net().to("cuda", memory_format=torch.channels_last)
+    images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda")
+    optimizers, meter = make_optimizers(net, config), Meter("Training", 3, images.device)
+    for step in range(3):
+        if step == 1:  # the first sets things up
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, log_probs = train_step(net, images, labels, optimizers, DTYPES[precision])
+            meter.update(loss, log_probs, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert meter.result()["loss"] > 0
+
+
+def test_out_of_memory_is_one_line(cli, tiny, monkeypatch, refusal):
+    monkeypatch.setattr(Net, "forward", lambda net, x: torch.empty(2**50, device=x.device))
+    assert cli(*flags(tiny, device="cuda", run_dir="run"), "--no-report") == 1
+    assert "out of memory; a new run needs a smaller --batch-size" in refusal()
+    assert not (Path("run") / "last.pt").exists()

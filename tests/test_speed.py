@@ -1,0 +1,57 @@
+import platform
+
+import pytest
+import torch
+
+from config import UsageError
+from extras.speed import compile_in_place, keep_freed_memory
+from model import Net
+from tests.conftest import flags
+from utils import load_checkpoint
+
+
+def test_compiled_network_keeps_names_and_numbers(cli, tiny, narrow, monkeypatch):
+    compiled, real = [], torch.compile
+
+    def compile_soon(function, **options):  # without the code generator, which takes half a minute
+        compiled.append(options)
+        return real(function, **options, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_soon)
+    for name, flag in (("compiled", "true"), ("plain", "false")):
+        argv = flags(tiny, epochs=1, batch_size=50, run_dir=name)
+        assert cli(*argv, "--compile", flag, "--no-report") == 0
+    assert len(compiled) == 1
+    ours, plain = (load_checkpoint(f"{name}/last.pt") for name in ("compiled", "plain"))
+    assert ours["model"].keys() == plain["model"].keys()
+    assert ours["network"] == plain["network"]
+    assert ours["metrics"][0] == pytest.approx(plain["metrics"][0], rel=1e-3)
+
+
+def test_no_compiler_is_told_before_anything_is_written(cli, tiny, refusal, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert cli(*flags(tiny, compile=True, run_dir="run")) == 2
+    assert "compile needs a compiler, and there is no no-such-compiler: install it or leave out --comp" in refusal()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_is_not_for_several_processes():
+    with pytest.raises(UsageError, match="compile is not for several processes: leave out --compile"):
+        compile_in_place(Net(), world_size=2)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    resource = pytest.importorskip("resource")
+    keep_freed_memory()
+    faults = []
+    for _ in range(4):
+        torch.ones(2**24)  # 64 MiB, of which Linux gives a page at its first use
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[-1] - faults[1] < 20  # without it 16,384 each time, or 32 if pages are huge
+
+
+def test_another_c_library_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("there is no such setting"))
+    keep_freed_memory()
