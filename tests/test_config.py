@@ -24,9 +24,24 @@ def test_every_number_has_a_range():
     assert {field.name for field in fields(Config) if field.type in (int, float)} == set(RANGES)
 
 
-@pytest.mark.parametrize("name", RANGES)
-def test_both_ends_of_a_range_are_allowed(name):
-    for value in RANGES[name]:
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("valid_split", (0, 0.9)),
+        ("num_workers", (-1, 0, 256)),
+        ("batch_size", (1, 65536)),
+        ("shift_limit", (0, 1)),
+        ("rotate_limit", (0, 180)),
+        ("hole_size", (1, 32)),
+        ("epochs", (1, 1000)),
+        ("learning_rate", (1e-6, 10)),
+        ("weight_decay", (0, 1)),
+        ("momentum", (0, 0.999)),
+        ("seed", (0, 2**63 - 1)),
+    ],
+)
+def test_what_makes_sense_is_allowed(name, values):
+    for value in values:
         check(replace(config, nesterov=False, **{name: value}))
 
 

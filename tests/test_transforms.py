@@ -59,7 +59,7 @@ def test_what_any_transform_draws_follows_from_the_key(transform):
 
 def test_key_is_all_of_its_numbers_in_their_order():
     pipeline, draws = RepeatableCompose([A.GaussNoise(p=1)]), set()
-    keys = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 11), (0, 1, 1), (0, 11, 0), (2**63 - 1, 0, 0)]
+    keys = [(0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 11, 0), (11, 1, 0), (2**63 - 1, 0, 0)]
     for key in keys:
         pipeline.set_key(*key)
         draws.add(pipeline(image=IMAGES[0])["image"].tobytes())
