@@ -1,3 +1,5 @@
+from collections import Counter
+
 import albumentations as A
 import cv2
 import numpy as np
@@ -30,13 +32,13 @@ def test_faster_shift_scale_rotate_gives_the_librarys_pictures(images, border_mo
 def test_faster_hole_is_as_likely_everywhere_as_the_librarys():
     options = {"hole_height_range": (30, 30), "hole_width_range": (30, 30), "num_holes_range": (1, 1)}
     black = np.zeros((1800, 32, 32, 3), dtype=np.uint8)
-    (ours, counts), (theirs, _) = (
-        np.unique(pictures(kind(**options, fill=(9, 8, 7), p=1.0), black), axis=0, return_counts=True)
+    ours, theirs = (
+        Counter(picture.tobytes() for picture in pictures(kind(**options, fill=(9, 8, 7), p=1.0), black))
         for kind in (SquareHole, A.CoarseDropout)
     )
-    assert np.array_equal(ours, theirs)
-    assert len(counts) == 9
-    assert 150 < counts.min() <= counts.max() < 250
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 9
+    assert 150 < min(ours.values()) <= max(ours.values()) < 250
     assert not black.any()  # the hole is in a copy
 
 
