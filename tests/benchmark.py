@@ -9,6 +9,7 @@ the median over the rounds, with their spread. Augmentation has the specificatio
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -26,28 +27,14 @@ from typing import NamedTuple
 
 import torch
 
-from dataset import (
-    AugmentedBatches,
-    EpochBatches,
-    FixedBatches,
-    channel_statistics,
-    make_augmentation,
-    make_loader,
-    make_normalization,
-)
+from config import config
+from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
+from extras.sources import SHAPES, Split, load_source
+from extras.speed import keep_freed_memory
 from model import Net
-from optimizer import make_optimizers
-from sources import Split, load_source
 from tests.plain import BATCH_SIZE, one_epoch, plain_functions
-from train import train_one_epoch, train_step, validate
-from utils import (
-    DTYPES,
-    choose_device,
-    choose_precision,
-    choose_workers,
-    describe_device,
-    keep_freed_memory,
-)
+from train import make_optimizers, train_one_epoch, train_step, validate
+from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
 
 ROOT = Path(__file__).parent.parent
 ROW = "| {:30} | {:25} | {:34} | {:7} |"
@@ -86,48 +73,35 @@ def plain_seconds(name, options):
 
 def functions(split, device, dtype):
     """This project's: name -> function that handles every image of the split once."""
-    count = len(split.labels)
+    as_specified = {"shift_limit": 0.0625, "hole_size": 16, "scale_limit": 0.1, "rotate_limit": 15.0}
+    as_specified |= {f"{name}_probability": 0.3 for name in ("flip", "shift_scale_rotate", "coarse_dropout")}
+    settings = dataclasses.replace(config, **as_specified)
     mean, std = channel_statistics(split.images)
-    normalization = make_normalization(mean, std)
-    augmentation = make_augmentation(
-        mean,
-        flip_probability=0.3,
-        shift_scale_rotate_probability=0.3,
-        shift_limit=0.0625,
-        scale_limit=0.1,
-        rotate_limit=15,
-        coarse_dropout_probability=0.3,
-        hole_size=16,
-    )
-    augmented = AugmentedBatches(split, augmentation, normalization, seed=0)
-    keys = EpochBatches(count, BATCH_SIZE, seed=0)
-    pin = device.type == "cuda"
-    loader = make_loader(augmented, keys, choose_workers(-1, device), pin)
-    pipeline = make_loader(augmented, keys, 0, pin_memory=False)
-    fixed = FixedBatches(split, normalization, BATCH_SIZE)
+    fixed = ImageDataset(*split, SHAPES, mean, std)
+    augmented = ImageDataset(*split, SHAPES, mean, std, make_augmentation(settings, mean))
+    loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
+    pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True)
+    valid_loader = make_loader(fixed, BATCH_SIZE)
     net = Net().to(device, memory_format=torch.channels_last)
-    optimizers = make_optimizers(
-        net, learning_rate=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4, muon_learning_rate=0.02
-    )
+    optimizers = make_optimizers(net, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    placed = [tuple(part.to(device) for part in batch) for batch in fixed]
+    placed = [(images.to(device, memory_format=torch.channels_last), y.to(device)) for images, y in valid_loader]
 
     def bare_steps():
         net.train()
         for images, labels in placed:
-            train_step(net, images, labels, optimizers, scaler, dtype)
+            train_step(net, images, labels, optimizers, dtype, scaler)
 
-    factors = [1.0] * len(keys)
     return {
-        "training": lambda: train_one_epoch(net, loader, optimizers, scaler, factors, device, dtype),
+        "training": lambda: train_one_epoch(net, loader, optimizers, dtype=dtype, scaler=scaler),
         "bare steps": bare_steps,
-        "validation": lambda: validate(net, fixed, device, dtype),
+        "validation": lambda: validate(net, valid_loader, dtype),
         "input pipeline": lambda: one_epoch(pipeline),
     }
 
 
 # A script that ends at its first step; with the same interpreter and wrapper as this one.
-UNTIL_FIRST_STEP = "import os, train; train.train_step = lambda *args: os._exit(0); train.run()"
+UNTIL_FIRST_STEP = "import os, train; train.train_step = lambda *args: os._exit(0); train.command_line.run(train.main)"
 
 
 def run_script(code, *argv, watch=lambda pid: None):
@@ -180,7 +154,7 @@ def start_and_memory(options):
             peak = max(peak, proportional_memory(pid))
 
         code = "import itertools, os, train; steps = itertools.count(); step = train.train_step\n"
-        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.run()"
+        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.command_line.run(train.main)"
         run_script(code, *argv, watch=watch)
         yield "memory, workers included", f"{peak / 1024:.2f} GiB", "", ""
 
@@ -188,7 +162,7 @@ def start_and_memory(options):
 # A run that trains on some of the images, and prints each epoch's seconds of training.
 TIMED_EPOCHS = """
 import time, dataset, train
-from sources import Source, Split
+from extras.sources import Source, Split
 
 def load_some(*args, load=dataset.load_source):
     source = load(*args)
@@ -202,7 +176,7 @@ def train_one_epoch(*args, train_one_epoch=train.train_one_epoch):
 
 dataset.load_source, train.train_one_epoch = load_some, train_one_epoch
 train.validate = lambda *args: {"loss": 0.0, "accuracy": 0.0}
-train.run()
+train.command_line.run(train.main)
 """
 
 

@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from checkpoint import load_checkpoint
 from tests.conftest import equal, outcome
+from utils import load_checkpoint
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 NEW = ("--dataset", "shapes", "--batch-size", "64", "--dropout", "0.1", "--epochs")

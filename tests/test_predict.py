@@ -3,21 +3,21 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoint import load_checkpoint, save_checkpoint
-from dataset import make_normalization
+from config import UsageError
+from dataset import ImageDataset
+from extras.predict import average_views, compute_log_probs, load_network, predict
 from model import Net
-from predict import Mirrored, load_network, predict
-from sources import DataError
+from tests.conftest import ROOT
+from utils import load_checkpoint, save_checkpoint
 
-NAMES = ["cat", "dog", "eel"]
+NAMES, MEAN, STD = ["cat", "dog", "eel"], (0.2, 0.3, 0.4), (0.1, 0.2, 0.3)
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "some.pt"
-    content = {"model": Net(num_classes=3).state_dict(), "class_names": NAMES, "config": {}}
-    save_checkpoint(path, {**content, "mean": (0.2, 0.3, 0.4), "std": (0.1, 0.2, 0.3)})
+    save_checkpoint(path, {"model": Net(num_classes=3).state_dict(), "class_names": NAMES, "mean": MEAN, "std": STD})
     return path
 
 
@@ -26,10 +26,20 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 
 
+def test_network_is_the_checkpoints(checkpoint):
+    before = torch.random.get_rng_state()
+    net, content = load_network(checkpoint)
+    assert torch.equal(torch.random.get_rng_state(), before)  # a notebook's random numbers go on as they would
+    assert (content["class_names"], net.classifier.out_channels, net.training) == (NAMES, 3, False)
+    for name, tensor in load_checkpoint(checkpoint)["model"].items():
+        assert torch.equal(net.state_dict()[name], tensor)
+
+
 def test_probabilities_are_the_networks_with_its_own_normalization(checkpoint, pixels):
     net, _ = load_network(checkpoint)
+    image, _ = ImageDataset(pixels[None], np.array([0]), NAMES, MEAN, STD)[0]
     with torch.no_grad():
-        expected = net(make_normalization((0.2, 0.3, 0.4), (0.1, 0.2, 0.3))(images=pixels[None])["images"]).exp()[0]
+        expected = net(image[None]).exp()[0]
     (prediction,) = predict(checkpoint, [pixels])
     assert [prediction.probabilities[name] for name in NAMES] == pytest.approx(expected.tolist())
     assert prediction.class_name == NAMES[expected.argmax()]
@@ -37,56 +47,81 @@ def test_probabilities_are_the_networks_with_its_own_normalization(checkpoint, p
     assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
 
 
-def test_path_array_and_pil_image_are_the_same(checkpoint, pixels, tmp_path):
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    images = [tmp_path / "image.png", str(tmp_path / "image.png"), pixels, Image.fromarray(pixels)]
-    predictions = predict(checkpoint, images)
-    for prediction in predictions:
-        assert prediction.probabilities == pytest.approx(predictions[0].probabilities)
-    assert predict(checkpoint, np.stack([pixels, pixels]))[1].class_name == predictions[0].class_name
+def test_an_image_may_be_a_path_an_array_a_tensor_or_of_pil(checkpoint, pixels, tmp_path):
+    path, image, tensor = tmp_path / "image.png", Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1)
+    image.save(path)
+    predictions = predict(checkpoint, [path, str(path), image, pixels, tensor, tensor / 255])
+    assert all(prediction == predictions[0] for prediction in predictions)
+    for images in (np.stack([pixels, pixels]), torch.stack([tensor, tensor])):
+        assert [prediction.class_name for prediction in predict(checkpoint, images)] == [predictions[0].class_name] * 2
     assert predict(checkpoint, []) == []
 
 
-def test_wrong_images_are_refused(checkpoint, pixels, tmp_path):
-    for images in ("image.png", pixels, Image.fromarray(pixels)):
-        with pytest.raises(TypeError, match="must be a list of images"):
-            predict(checkpoint, images)
-    for array in (pixels / 255, pixels[:, :, :2], pixels[0, 0]):
-        with pytest.raises(ValueError, match=r"must be \(H, W, 3\) or \(H, W\) uint8"):
-            predict(checkpoint, [array])
-    with pytest.raises(DataError, match="nowhere"):
-        predict(checkpoint, [tmp_path / "nowhere.png"])
+def test_an_image_may_have_any_size_and_no_colours(checkpoint, pixels):
+    large, grey = np.repeat(np.repeat(pixels, 3, axis=0), 2, axis=1), pixels[:, :, 0]
+    predictions = predict(checkpoint, [Image.fromarray(large), large, grey, np.stack([grey] * 3, axis=2)])
+    assert predictions[0] == predictions[1]
+    assert predictions[2] == predictions[3]
 
 
-def test_command_line_prints_a_line_for_each_image(s8, checkpoint, pixels, capsys):
-    Image.fromarray(pixels).save("a.png")
-    Image.fromarray(pixels).save("b.png")
-    assert s8("--evaluate", str(checkpoint), "--predict", "a.png", "b.png", report=True) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (prediction,) = predict(checkpoint, ["a.png"])
-    first = f"{prediction.class_name} {100 * prediction.probability:.1f} %"
-    assert [line.split(", ")[0] for line in lines] == [f"a.png: {first}", f"b.png: {first}"]
+@pytest.mark.parametrize("wrap", [Image.fromarray, np.asarray, torch.from_numpy, lambda pixels: "image.png"])
+def test_one_image_is_no_list_of_images(checkpoint, pixels, wrap):
+    with pytest.raises(UsageError, match="must be a list of images"):
+        predict(checkpoint, wrap(pixels))
 
 
-def test_image_that_cannot_be_read_is_refused(s8, checkpoint, refusal):
-    assert s8("--evaluate", str(checkpoint), "--predict", "nowhere.png", report=True) == 2
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda pixels: pixels / 255,
+        lambda pixels: pixels[:, :, :2],
+        lambda pixels: pixels[0, 0],
+        lambda pixels: pixels[:0],
+        lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1,
+        lambda pixels: None,
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_one_may_be(checkpoint, pixels, spoil):
+    with pytest.raises(UsageError, match=r"an image is a file's path, .*; not \w+"):
+        predict(checkpoint, [pixels, spoil(pixels)])
+
+
+def test_file_that_cannot_be_read_is_named(cli, checkpoint, refusal):
+    with pytest.raises(UsageError, match="nowhere cannot be read as an image"):
+        predict(checkpoint, ["nowhere"])
+    assert cli("--evaluate", checkpoint, "--predict", "nowhere.png") == 2
     assert "nowhere.png cannot be read as an image (No such file or directory)" in refusal()
 
 
-def test_network_follows_the_checkpoints_classes(checkpoint):
-    net, content = load_network(checkpoint)
-    assert net.classifier.out_channels == 3
-    assert content["class_names"] == NAMES
-    assert all(
-        torch.equal(net.state_dict()[name], tensor) for name, tensor in load_checkpoint(checkpoint)["model"].items()
-    )
+def test_command_line_prints_the_three_likeliest_of_each_image(cli, finished, pictures, capsys):
+    images = sorted(pictures.glob("test/*/*.png"))[:2]
+    assert cli("--evaluate", finished, "--predict", *images) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for image, line, prediction in zip(images, lines, predict(finished / "last.pt", images), strict=True):
+        three = list(prediction.probabilities.items())[:3]
+        assert line == f"{image}: {', '.join(f'{name} {100 * part:.1f} %' for name, part in three)}"
 
 
-def test_mirrored_averages_probabilities(pixels):
+def test_mirror_images_are_averaged_as_probabilities(pixels):
     torch.manual_seed(0)
     net = Net().eval()
-    images = make_normalization((0.5,) * 3, (0.25,) * 3)(images=pixels[None])["images"]
+    images = torch.randn(5, 3, 32, 32)
+    batches = [(images[:3], None), (images[3:], None)]
+    log_probs, mirrored = compute_log_probs(net, batches), compute_log_probs(net, batches, mirrored=True)
     with torch.no_grad():
-        expected = (net(images).exp() + net(images.flip(3)).exp()) / 2
-        torch.testing.assert_close(Mirrored(net)(images).exp(), expected)
-        torch.testing.assert_close(Mirrored(net)(images), Mirrored(net)(images.flip(3)))
+        torch.testing.assert_close(log_probs, net(images))
+        torch.testing.assert_close(mirrored, net(images.flip(3)))
+    torch.testing.assert_close(average_views(log_probs, mirrored).exp(), (log_probs.exp() + mirrored.exp()) / 2)
+
+
+def test_weights_of_cifar10_are_asked_if_no_checkpoint_is_named(cli, pixels, capsys):
+    Image.fromarray(pixels).save("a.png")
+    assert cli("--predict", "a.png") == 0
+    (prediction,) = predict(ROOT / "weights" / "cifar10.pt", [pixels])
+    assert {"cat", "dog", "frog"} < prediction.probabilities.keys()
+    assert capsys.readouterr().out.startswith(f"a.png: {prediction.class_name} ")
+
+
+def test_weights_of_shapes_know_their_test_images(cli, capsys):
+    assert cli("--evaluate", ROOT / "weights" / "shapes.pt", "--no-report", "--precision", "float32") == 0
+    assert "Test Acc: 100.0000" in capsys.readouterr().out

@@ -68,8 +68,8 @@ def test_sgd_alone_has_all_weights_and_the_learning_rate_itself(net):
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_step_shrinks_convolutions_by_rate_times_decay_whoever_moves_them(optimizer, nesterov):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).double()  # rounding would add up
-    settings = replace(config, optimizer=optimizer, nesterov=nesterov, learning_rate=0.01, weight_decay=0.1)
-    optimizers = make_optimizers(net, settings)
+    settings = {"learning_rate": 0.01, "weight_decay": 0.1, "momentum": 0.8, "nesterov": nesterov}
+    optimizers = make_optimizers(net, replace(config, optimizer=optimizer, **settings))
     for _ in range(100):  # SGD's momentum needs some steps to add up
         before = [p.detach().clone() for p in net.parameters()]
         for p in net.parameters():
@@ -261,6 +261,23 @@ def test_settings_reach_the_training(cli, tiny, narrow):
         assert cli(*flags(tiny, epochs=1, **change, run_dir=f"run {number}"), "--no-report") == 0
         losses.add(load_checkpoint(f"run {number}/last.pt")["metrics"][0]["train_loss"])
     assert len(losses) == len(changes)
+
+
+def test_each_epoch_has_images_and_dropout_of_its_own(cli, tiny, narrow, monkeypatch):
+    seen, make = [], train.Net
+
+    def watched(**options):
+        net = make(**options)
+        net.register_forward_pre_hook(lambda net, args: seen.append((args[0].mean().item(), torch.initial_seed())))
+        return net
+
+    monkeypatch.setattr(train, "Net", watched)
+    assert cli(*flags(tiny, run_dir="run"), "--no-report") == 0
+    first, second = seen[-14:-7], seen[-7:]  # five steps and two batches of validation in each epoch
+    assert len({mean for mean, seed in first[:5] + second[:5]}) == 10
+    assert [mean for mean, seed in first[5:]] == [mean for mean, seed in second[5:]]
+    assert len({seed for mean, seed in first}) == len({seed for mean, seed in second}) == 1
+    assert first[0][1] != second[0][1]
 
 
 def test_default_run_dir_is_a_new_dated_one(cli, tiny, narrow, tmp_path):

@@ -1,0 +1,166 @@
+"""One run in several processes, started by the real torchrun."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from config import Config, UsageError
+from dataset import load_datasets, make_loader
+from extras.distributed import SharedBatchNorm2d, process_group
+from extras.predict import load_network
+from extras.speed import compile_in_place
+from model import Net
+from tests.conftest import ROOT, equal, flags, outcome, start
+from tests.shared_steps import two_steps
+from train import validate
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+# 120 images to train on, the last batch of which, of one, is left out; 30 to validate on, the last batch of which, of
+# two, has none for the third process; 50 to test on.
+SETTINGS = {"batch_size": 7, "valid_split": 0.2, "epochs": 3}
+
+
+def start_several(count, *argv, cwd, **environment):
+    """Start train.py in so many processes."""
+    argv = (*argv, "--no-report")
+    return start(*argv, cwd=cwd, before=(*TORCHRUN, str(count)), QUICK_END="yes", **environment)
+
+
+def end(process):
+    """Wait for torchrun; return whether all went well, what was printed, and the program's own lines on stderr."""
+    out, err = process.communicate(timeout=200)
+    print(err)  # for whoever looks into a failure
+    return process.returncode == 0, out, [line for line in err.splitlines() if line.startswith("train.py: ")]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """A folder of two runs that nothing disturbed, "2" in two processes and "3" in three; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for process in [start_several(n, *flags(tiny, **SETTINGS, run_dir=str(n)), cwd=folder) for n in (2, 3)]:
+        well, out, ours = end(process)
+        assert (well, ours) == (True, [])
+        assert out.count("Epoch 3/3 Summary") == out.count("Best Valid Acc") == out.count("Test Acc") == 1
+    return folder
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_train_as_one_does(count, tmp_path):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "moments")))
+    command = [sys.executable, *TORCHRUN, str(count), "-m", "tests.shared_steps", tmp_path]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths, "QUICK_END": "yes"})
+    one, parts = two_steps(), [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
+    assert all(equal(dict(part["weights"]), dict(parts[0]["weights"])) for part in parts)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(parts[0]["weights"][name], weight, rtol=1e-6, atol=1e-8)
+    for step, (loss, images) in enumerate(one["steps"]):
+        losses, weights = zip(*(part["steps"][step] for part in parts), strict=True)
+        assert sum(weights) == images
+        assert np.average(losses, weights=weights) == pytest.approx(loss, rel=1e-6)
+    # Rank 0 comes first, to download what the others find; then the first process of each other machine.
+    assert (tmp_path / "order.txt").read_text() == ("0 1 " if count == 2 else "0 2 1 ")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_averages_are_over_each_image_once(count, runs):
+    net, checkpoint = load_network(runs / str(count) / "last.pt")
+    last = checkpoint["metrics"][-1]
+    valid = validate(net, make_loader(load_datasets(Config(**checkpoint["config"])).valid, 7))
+    assert last["valid_accuracy"] == pytest.approx(valid["accuracy"])
+    assert last["valid_loss"] == pytest.approx(valid["loss"], rel=1e-6)
+    hits = 119 * last["train_accuracy"] / 100
+    assert hits == pytest.approx(round(hits), abs=1e-9)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_run_that_ends_early_says_why_once_and_goes_on_as_if_it_had_not(count, runs, tiny, tmp_path):
+    argv = flags(tiny, **SETTINGS, run_dir="run")
+    if count == 2:
+        process = start_several(2, *argv, cwd=tmp_path)
+        while not (tmp_path / "run" / "metrics.csv").exists():  # until an epoch is saved
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)  # to torchrun, as a cluster does
+        why = "stopped by SIGTERM"
+    else:
+        process = start_several(3, *argv, cwd=tmp_path, DIE_AT="replace best.pt", DIE_IN_RANK="0")
+        # It is SIGTERM where torchrun sees the death before the other processes do.
+        why = "(stopped: another process of the run died .*|stopped by SIGTERM)"
+    again = re.escape(f"torchrun --nproc-per-node {count} {ROOT / 'train.py'} --resume run")
+    well, out, ours = end(process)
+    assert (well, out.count("Best Valid Acc"), len(ours)) == (False, 0, 1)
+    assert re.fullmatch(f"train.py: {why}; epoch [12] is saved; to continue: {again}", ours[0])
+
+    well, out, ours = end(start_several(count, "--resume", "run", cwd=tmp_path))
+    assert (well, ours) == (True, [])
+    assert "Continuing after epoch" in out
+    assert "Note" not in out
+    assert equal(outcome(tmp_path / "run"), outcome(runs / str(count)))
+
+
+def test_other_number_of_processes_is_noted(runs, tmp_path, cli, capsys):
+    shutil.copytree(runs / "2", tmp_path / "run")
+    assert cli("--resume", "run", "--no-report") == 0
+    assert "Note: processes: 2 before, 1 now" in capsys.readouterr().out
+
+
+def test_evaluation_is_the_work_of_one_process(runs, cli, capsys):
+    well, out, ours = end(start_several(2, "--evaluate", "2/best.pt", cwd=runs))
+    assert (well, ours) == (True, [])
+    capsys.readouterr()
+    assert cli("--evaluate", runs / "2" / "best.pt", "--no-report") == 0
+    assert out == capsys.readouterr().out
+
+
+def test_compilation_is_not_for_several_processes():
+    with pytest.raises(UsageError, match="leave out --compile"):
+        compile_in_place(Net(), world_size=2)
+
+
+# --- one process alone, in a group of its own ---
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Make this process the only one that torchrun has started."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    group = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in group.items():
+        monkeypatch.setenv(name, str(value))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_one_device_is_not_for_several_processes(name, alone):
+    with pytest.raises(UsageError, match=f"device '{name}' is not for 1 processes: give --device"), process_group(name):
+        pass
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_shared_batchnorm_of_one_process_is_batchnorm(dtype, tolerance, alone):
+    torch.manual_seed(0)
+    x, direction = 3 + 5 * torch.randn(2, 6, 8, 5, 5)
+    results = []
+    with process_group("cpu"):
+        for layer in (nn.BatchNorm2d(8), SharedBatchNorm2d(8)):
+            inputs = x.to(dtype, copy=True).requires_grad_()
+            trained = layer(inputs)
+            (trained * direction).sum().backward()
+            gradients = [inputs.grad, *(parameter.grad for parameter in layer.parameters())]
+            results.append([trained, *gradients, *layer.buffers(), layer.eval()(x)])
+    torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
