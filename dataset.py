@@ -164,14 +164,16 @@ class EpochBatches(Sampler):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + (rest >= self.world_size if self.shuffle else rest > self.rank)
+        return whole + (rest >= (self.world_size if self.shuffle else 1))  # the same in all processes
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(len(self.dataset))
         if self.shuffle:
             order = np.random.default_rng((self.dataset.seed, self.dataset.epoch.item())).permutation(order)
         for step in range(len(self)):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size].tolist()
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            if len(batch) > self.rank:
+                yield batch[self.rank :: self.world_size].tolist()
 
 
 def make_loader(

@@ -154,7 +154,8 @@ def start_and_memory(options):
             peak = max(peak, proportional_memory(pid))
 
         code = "import itertools, os, train; steps = itertools.count(); step = train.train_step\n"
-        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\ntrain.command_line.run(train.main)"
+        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\n"
+        code += "train.command_line.run(train.main)"
         run_script(code, *argv, watch=watch)
         yield "memory, workers included", f"{peak / 1024:.2f} GiB", "", ""
 

@@ -12,7 +12,7 @@ def test_notebook_runs_top_to_bottom():
     client.execute()  # raises what a cell raises
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
+    assert len(pictures) == 4
     assert not [output for output in outputs if "Warning" in output.get("text", "")]
 
 

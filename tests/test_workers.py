@@ -57,7 +57,7 @@ def leave_no_room(image, **kwargs):
 @needs_fork
 def test_batch_that_cannot_be_handed_over_is_an_error_and_not_waited_for():
     loader = shapes(A.Lambda(image=leave_no_room, p=1))
-    loader.multiprocessing_context, loader.timeout = "fork", 60
+    loader.multiprocessing_context, loader.timeout = "fork", 6
     loader.collate_fn = list  # so that the shared memory is needed late, by the thread that hands batches over
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         next(iter(loader))
