@@ -1,7 +1,4 @@
-"""CIFAR-10, or other images, split, augmented by albumentations, and batched.
-
-``train, valid, test = load_datasets(config); image, label = train[0]``
-"""
+"""CIFAR-10, or other images: ``train, valid, test = load_datasets(config); image, label = train[0]``."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -208,7 +208,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if world_size > 1:
-        share_training(net)
+        share_training(net, config.batch_size)
     if config.compile:
         compile_in_place(net, world_size)
 

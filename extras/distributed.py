@@ -86,12 +86,14 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def share_training(net: nn.Module) -> None:
+def share_training(net: nn.Module, batch_size: int) -> None:
     """Make training in several processes that of one: rank 0's weights, BatchNorm over all images of a batch.
 
     Each image counts the same: a process's mean loss counts by its part of the batch's images. The gradients are
-    summed by sum_gradients. Names and parameters stay.
+    summed by sum_gradients. Names and parameters stay. Raises UsageError for a batch with fewer images than processes.
     """
+    if batch_size < dist.get_world_size():
+        raise UsageError(f"batch_size {batch_size} is less than an image for each of {dist.get_world_size()} processes")
     for tensor in net.state_dict().values():
         dist.broadcast(tensor, 0)  # another kind of machine might have drawn others
     for module in net.modules():

@@ -38,7 +38,7 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     images is printed too. Raises UsageError.
     """
     net, checkpoint = load_network(path)
-    config = replace(read_config(checkpoint["config"], path), **{"device": "auto", **given})
+    config = replace(read_config(checkpoint["config"], path), **{"device": "auto", "precision": "auto", **given})
     check(config)
     device = choose_device(config.device)
     dtype = DTYPES[choose_precision(config.precision, device)]

@@ -23,7 +23,7 @@ def two_steps(rank: int = 0, world_size: int = 1) -> dict:
     torch.manual_seed(rank)  # each process draws weights of its own, of which rank 0's count
     net = Net().double().to(memory_format=torch.channels_last)
     if world_size > 1:
-        share_training(net)
+        share_training(net, batch_size=7)
     optimizers = make_optimizers(net, replace(config, optimizer="sgd"))  # Muon makes of small differences large ones
     steps, generator = [], torch.Generator().manual_seed(0)
     for count in (7, 3):
