@@ -48,17 +48,18 @@ from extras.speed import keep_freed_memory
 
 keep_freed_memory()
 faults = []
-for _ in range(4):
+for _ in range(20):
     torch.ones(2**24)  # 64 MiB, of which Linux gives a page at its first use
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(faults[-1] - faults[1])
+print(faults[-1] - faults[9])  # by then the heap has grown to have room for it
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_freed_memory_is_kept_for_the_next_step():
+    # In a process of its own: where an allocation has failed before, glibc takes memory from elsewhere.
     result = subprocess.run([sys.executable, "-c", KEPT], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 20  # without it 16,384 each time, or 32 if pages are huge
+    assert int(result.stdout) < 100  # without it 16,384 each time, or 32 if pages are huge
 
 
 def test_another_c_library_is_left_as_it_is(monkeypatch):
