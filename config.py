@@ -17,7 +17,7 @@ class Config:
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
     shift_limit: float = 0.125  # part of the image's side, in any direction, in whole pixels
-    scale_limit: float = 0.1  # relative change of size
+    scale_limit: float = 0.1  # at most this part larger or smaller
     rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
@@ -32,11 +32,11 @@ class Config:
     label_smoothing: float = 0.1  # part of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 
-    seed: int = 0  # the same seed gives the same run
+    seed: int = 0  # of weights, order, augmentation and held-out images
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
     compile: bool = False  # torch.compile: takes up to a minute, then steps can be faster
-    deterministic: bool = False  # meant for the same run bit for bit on CUDA too, slower; the CPU's always is
+    deterministic: bool = False  # repeatable operations only: slower on CUDA; those of the CPU always are
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 

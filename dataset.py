@@ -51,7 +51,7 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]
+        return self.__getitems__([range(len(self))[index]])[0]  # range takes -1 for the last, and ends a loop
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Return a batch's items. DataLoader calls this: to normalize them together takes a fifth of the time."""
@@ -60,7 +60,7 @@ class ImageDataset(Dataset):
 
     def augment(self, indices: Sequence[int]) -> np.ndarray:
         """Return images (N, 32, 32, 3) uint8 as they are augmented in this epoch."""
-        images, epoch = self.images.numpy()[indices], self.epoch.item()
+        images, epoch = self.images.numpy()[indices], self.epoch.item()  # a copy of those images
         if self.augmentation is not None:
             for place, index in enumerate(indices):
                 self.augmentation.set_key(self.seed, epoch, index)
@@ -71,7 +71,7 @@ class ImageDataset(Dataset):
 def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompose:
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
-    Any transform of albumentations can be added to the list. It rounds a shift towards 0, to whole pixels.
+    Add any transform that keeps the image (32, 32, 3) uint8. ShiftScaleRotate rounds a shift to whole pixels.
     The hole: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     return RepeatableCompose(
@@ -189,6 +189,6 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_initialized(),  # the network is on CUDA
+        pin_memory=torch.cuda.is_initialized(),  # choose_device has begun to use CUDA, or a network is there
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers
     )

@@ -83,7 +83,7 @@ class Block(nn.Sequential):
                 modules.append(nn.Conv2d(channels, out_channels, kernel_size=1))
             else:
                 modules.append(nn.Conv2d(channels, out_channels, **conv))
-            if conv["padding"]:  # an unpadded convolution has nothing after it
+            if index < layers - 1 or last != "unpadded":  # an unpadded convolution has nothing after it
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
 
@@ -99,7 +99,7 @@ class Net(nn.Module):
     """The blocks of the table, average pooling over what is left of the image, a linear classifier.
 
     Input (N, 3, image_size, image_size), normalized; output (N, num_classes) log-probabilities, always
-    float32: train with `F.nll_loss`, not with cross-entropy.
+    float32: the loss is `F.nll_loss`.
 
     blocks: the table; base_channels: width of the default one, of which every channel count is a multiple.
     dropout: probability that Dropout2d zeroes a channel.
@@ -160,7 +160,7 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
         image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
-        if image_size == 1 and (conv["padding"] or before == 1):
+        if image_size == 1 and conv["padding"]:
             raise ValueError(f"block {number}: a 1x1 image is left, of which BatchNorm cannot take a variance")
         sizes.append(image_size)
     return sizes

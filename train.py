@@ -69,9 +69,9 @@ def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] 
         return min(progress / 0.2, (1 - progress) / 0.8)
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
-    factor, best, stalled = 1.0, -math.inf, 0
     if schedule == "constant":
-        return factor
+        return 1.0
+    factor, best, stalled = 1.0, -math.inf, 0
     for accuracy in accuracies:
         best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
         if stalled == 2:
@@ -127,7 +127,7 @@ def train_one_epoch(
     """Take a step for each batch; return {"loss", "accuracy" in percent}.
 
     net: any network that returns log-probabilities; of logits the loss would be wrong, without an error.
-    factors: each step's part of the optimizers' learning rates, all of them if not given.
+    factors: each step's part of the optimizers' learning rates; the full rates if not given.
     Both results are averages over the images as they were trained on: augmented, with dropout, before their step.
     The loss is the same as in `validate`, without smoothing.
     Raises RunStopped for a loss that is not finite; the network is of no use then.
@@ -194,9 +194,10 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     if not resume:
         refuse_second_use(config.run_dir)
 
+    part = {"rank": rank, "world_size": world_size}  # of each batch
     data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
-    loader = make_loader(data.train, config.batch_size, True, config.num_workers, rank, world_size)
-    valid_loader = make_loader(data.valid, config.batch_size, rank=rank, world_size=world_size)
+    loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **part)
+    valid_loader = make_loader(data.valid, config.batch_size, **part)
 
     make_deterministic(config.deterministic)
     seed_torch(config.seed)

@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0][:100]
         raise UsageError(f"device {name!r} cannot be used here ({reason}): name another with --device") from None
     return device
@@ -124,7 +124,7 @@ class Meter:
             first = int((~losses.isfinite()).nonzero()[0])
             where = f"{self.description}: the loss is {losses[first]} at step {first + 1}"
             raise RunStopped(f"{where}; a new run needs a lower --learning-rate", resumable=False)
-        count = max(self.count.item(), 1)  # the images may be fewer than the processes
+        count = max(self.count.item(), 1)  # this process may have had no image
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def total(self) -> dict[str, float]:

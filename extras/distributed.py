@@ -47,7 +47,7 @@ def process_group(device: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     yield
     # Only after a clean end: after a failure, nccl would wait for processes that wait for this one.
-    sum_over_processes(torch.zeros(()))  # a barrier
+    wait_for_all()
     dist.destroy_process_group()
 
 
@@ -76,7 +76,7 @@ def first_rank_first(function: Callable, *args):
     for number in range(3):
         if number == turn:
             result = function(*args)
-        sum_over_processes(torch.zeros(()))  # a barrier
+        wait_for_all()
     return result
 
 
@@ -84,6 +84,11 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     """Replace a tensor's values by their sums over all processes, and return it."""
     dist.all_reduce(tensor)
     return tensor
+
+
+def wait_for_all() -> None:
+    """Go on when all processes are here. dist.barrier would take nccl, which waits for ever for one that is gone."""
+    sum_over_processes(torch.zeros(()))
 
 
 def share_training(net: nn.Module, batch_size: int) -> None:

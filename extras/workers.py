@@ -24,9 +24,11 @@ class QuietDataLoader(DataLoader):
         """Start the workers with the stop signals blocked: start_worker unblocks them once it is ready."""
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
+        blocked = STOP_SIGNALS
         if multiprocessing.get_start_method() != "fork":
             resource_tracker.ensure_running()  # or its start, with the first worker's, would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            blocked = {signal.SIGINT}  # a fresh Python's SIGTERM is silent, and ends a worker that is slow to start
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
         try:
             return super().__iter__()
         finally:
