@@ -8,10 +8,7 @@ process. Everything is measured in one run, in turn, so that what else the machi
 the median over the rounds, with their spread. Augmentation has the specification's probabilities (0.3) on both sides.
 """
 
-import argparse
-import dataclasses
 import functools
-import itertools
 import multiprocessing
 import operator
 import os
@@ -22,13 +19,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
+import simple_parsing
 import torch
+from torch import distributed as dist
 
 from config import config
 from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
+from extras.distributed import process_group, share_training
 from extras.sources import SHAPES, Split, load_source
 from extras.speed import keep_freed_memory
 from model import Net
@@ -38,6 +38,24 @@ from utils import DTYPES, choose_device, choose_precision, choose_workers, descr
 
 ROOT = Path(__file__).parent.parent
 ROW = "| {:30} | {:25} | {:34} | {:7} |"
+SPECIFIED = {f"{name}_probability": 0.3 for name in ("flip", "shift_scale_rotate", "coarse_dropout")}
+SPECIFIED |= {"shift_limit": 0.0625, "scale_limit": 0.1, "rotate_limit": 15.0, "hole_size": 16}
+
+
+@dataclass(frozen=True)
+class Options:
+    dataset: str = "shapes"
+    data_dir: str = "data"
+    device: str = "auto"
+    precision: str = "auto"
+    rounds: int = 7
+    images: int = 1152  # a multiple of 128
+
+
+def load_split(options):
+    """The first of the training images."""
+    split = load_source(options.dataset, options.data_dir).train
+    return Split(*(array[: options.images] for array in split))
 
 
 def seconds(function, device):
@@ -49,15 +67,13 @@ def seconds(function, device):
     return time.perf_counter() - begin
 
 
-def interleave(timed, rounds):
-    """Call each function once to warm up, then all in turn; return the seconds that each returned, a list for each."""
-    for function in timed.values():
-        function()
-    times = {name: [] for name in timed}
-    for _ in range(rounds):
-        for name, function in timed.items():
-            times[name].append(function())
-    return times
+def rate(count, times):
+    """Images per second: the median and its spread."""
+    rates = sorted(count / time for time in times)
+    return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
+
+
+# --- training, validation, the input pipeline ---
 
 
 @functools.cache  # made at the first call in the process of the plain loop
@@ -71,17 +87,14 @@ def plain_seconds(name, options):
     return seconds(functions[name], device)
 
 
-def functions(split, device, dtype):
+def our_functions(split, device, dtype):
     """This project's: name -> function that handles every image of the split once."""
-    as_specified = {"shift_limit": 0.0625, "hole_size": 16, "scale_limit": 0.1, "rotate_limit": 15.0}
-    as_specified |= {f"{name}_probability": 0.3 for name in ("flip", "shift_scale_rotate", "coarse_dropout")}
-    settings = dataclasses.replace(config, **as_specified)
+    settings = replace(config, **SPECIFIED)
     mean, std = channel_statistics(split.images)
-    fixed = ImageDataset(*split, SHAPES, mean, std)
     augmented = ImageDataset(*split, SHAPES, mean, std, make_augmentation(settings, mean))
     loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
     pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True)
-    valid_loader = make_loader(fixed, BATCH_SIZE)
+    valid_loader = make_loader(ImageDataset(*split, SHAPES, mean, std), BATCH_SIZE)
     net = Net().to(device, memory_format=torch.channels_last)
     optimizers = make_optimizers(net, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -100,25 +113,53 @@ def functions(split, device, dtype):
     }
 
 
-# A script that ends at its first step; with the same interpreter and wrapper as this one.
-UNTIL_FIRST_STEP = "import os, train; train.train_step = lambda *args: os._exit(0); train.command_line.run(train.main)"
+def throughput(options, plain):
+    """Rows on training, validation and the input pipeline: ours, plain, and the median of their ratios."""
+    device = choose_device(options.device)
+    timed = {}
+    for name, function in our_functions(load_split(options), device, DTYPES[options.precision]).items():
+        if name != "bare steps":
+            timed[f"{name}, plain"] = lambda name=name: plain.submit(plain_seconds, name, options).result()
+        timed[name] = lambda function=function: seconds(function, device)
+    for function in timed.values():
+        function()  # to warm up
+    rounds = [{name: function() for name, function in timed.items()} for _ in range(options.rounds)]
+    times = {name: [times[name] for times in rounds] for name in timed}
+    for name in ("training", "validation", "input pipeline"):
+        plain_times = times[f"{name}, plain"]
+        ratio = statistics.median(map(operator.truediv, plain_times, times[name]))
+        ours, theirs = rate(options.images, times[name]), rate(options.images, plain_times)
+        yield f"{name}, images/s", ours, f"plain: {theirs}", f"{ratio:.2f}x"
+    overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
+    ours, bare = rate(options.images, times["training"]), rate(options.images, times["bare steps"])
+    yield "loop overhead (time), images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
 
 
-def run_script(code, *argv, watch=lambda pid: None):
+# --- the start of a run, and its memory ---
+
+
+PYTHON = sys.orig_argv[: sys.orig_argv.index("-m")]  # and its wrapper, if this was started by one
+
+# train.py, left at the beginning of a step.
+UNTIL_STEP = """
+import itertools, os, train
+steps, step = itertools.count(1), train.train_step
+train.train_step = lambda *args: os._exit(0) if next(steps) == {} else step(*args)
+train.command_line.run(train.main)
+"""
+
+
+def run_python(code, *argv, watch=lambda pid: None):
     """Run Python code in a process of its own, started as this one was; return its seconds."""
-    prefix = sys.orig_argv[: sys.orig_argv.index("-m")]
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "script.py")
-        script.write_text(code)
         begin = time.perf_counter()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        argv = [*prefix, script, *argv, *(("--no-report", "--run-dir", Path(folder, "run")) if argv else ())]
-        process = subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        command = [*PYTHON, "-c", code, *argv, "--run-dir", f"{folder}/run"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             watch(process.pid)
             time.sleep(0.02)
         if process.returncode:
-            sys.exit(f"{' '.join(map(str, argv))} failed")
+            sys.exit(f"this failed: {code}")
         return time.perf_counter() - begin
 
 
@@ -135,138 +176,72 @@ def proportional_memory(pid):
 
 def start_and_memory(options):
     """Rows on the start of a run, and on the memory of its first seconds of training."""
-    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir)
+    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--no-report")
     argv += ("--device", options.device, "--precision", options.precision)
-    times = {"import torch": [], "from model import Net": [], "first step": []}
-    for _ in range(3):
-        times["import torch"].append(run_script("import torch"))
-        times["from model import Net"].append(run_script("from model import Net"))
-        times["first step"].append(run_script(UNTIL_FIRST_STEP, *argv))
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    codes = {"import torch": "import torch", "from model import Net": "from model import Net"}
+    codes["first step"] = UNTIL_STEP.format(1)
+    rounds = [{name: run_python(code, *argv) for name, code in codes.items()} for _ in range(3)]
+    medians = {name: statistics.median(times[name] for times in rounds) for name in codes}
     floor = medians.pop("import torch")
     for name, value in medians.items():
         yield f"start: {name}", f"{value:.1f} s", f"import torch: {floor:.1f} s", f"{value - floor:+.1f} s"
     if Path("/proc/self/smaps_rollup").exists():
-        peak = 0.0
-
-        def watch(pid):
-            nonlocal peak
-            peak = max(peak, proportional_memory(pid))
-
-        code = "import itertools, os, train; steps = itertools.count(); step = train.train_step\n"
-        code += "train.train_step = lambda *args: os._exit(0) if next(steps) == 50 else step(*args)\n"
-        code += "train.command_line.run(train.main)"
-        run_script(code, *argv, watch=watch)
-        yield "memory, workers included", f"{peak / 1024:.2f} GiB", "", ""
+        peaks = [0.0]
+        run_python(UNTIL_STEP.format(51), *argv, watch=lambda pid: peaks.append(proportional_memory(pid)))
+        yield "memory, workers included", f"{max(peaks) / 1024:.2f} GiB", "", ""
 
 
-# A run that trains on some of the images, and prints each epoch's seconds of training.
-TIMED_EPOCHS = """
-import time, dataset, train
-from extras.sources import Source, Split
-
-def load_some(*args, load=dataset.load_source):
-    source = load(*args)
-    return Source(Split(*(array[:IMAGES] for array in source.train)), source.test, source.class_names)
-
-def train_one_epoch(*args, train_one_epoch=train.train_one_epoch):
-    begin = time.perf_counter()
-    result = train_one_epoch(*args)
-    print("seconds", time.perf_counter() - begin, flush=True)
-    return result
-
-dataset.load_source, train.train_one_epoch = load_some, train_one_epoch
-train.validate = lambda *args: {"loss": 0.0, "accuracy": 0.0}
-train.command_line.run(train.main)
-"""
+# --- several processes ---
 
 
-def epoch_seconds(processes, options):
-    """Run three epochs on the CPU in processes of one thread each; return the seconds of the last two."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "script.py")
-        script.write_text(TIMED_EPOCHS.replace("IMAGES", str(options.images)))
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python")
-        prefix = sys.orig_argv[: sys.orig_argv.index("-m")]
-        argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--device", "cpu", "--num-workers", "0")
-        argv = (*argv, "--precision", "float32", "--epochs", "3", "--no-report", "--run-dir", Path(folder, "run"))
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        argv = [sys.executable, *torchrun, *prefix, script, *argv]
-        out = subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return [float(line.split()[1]) for line in out.splitlines() if line.startswith("seconds")][1:]
+def shared_epochs(options):
+    """One of several processes: train for three epochs on the CPU; rank 0 prints the seconds of the last two."""
+    keep_freed_memory()
+    with process_group("cpu"):
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        split = load_split(options)
+        mean, std = channel_statistics(split.images)
+        train = ImageDataset(*split, SHAPES, mean, std, make_augmentation(config, mean))
+        loader = make_loader(train, BATCH_SIZE, True, rank=rank, world_size=world_size)
+        net = Net().to(memory_format=torch.channels_last)
+        optimizers = make_optimizers(net, config)
+        if world_size > 1:
+            share_training(net, BATCH_SIZE)
+        epoch = functools.partial(train_one_epoch, net, loader, optimizers)
+        times = [seconds(epoch, torch.device("cpu")) for _ in range(3)]
+        print(*times[1:])
 
 
 def two_processes(options):
     """The row on two processes that share a run, against one; each has one thread."""
-    rounds = [(epoch_seconds(1, options), epoch_seconds(2, options)) for _ in range(3)]
-    one, two = (list(itertools.chain(*part)) for part in zip(*rounds, strict=True))
-    ratio = statistics.median(one) / statistics.median(two)
-    name = "2 processes, images/s"
-    yield name, rate(options.images, two), f"1 process: {rate(options.images, one)}", f"{ratio:.2f}x"
+    times = {1: [], 2: []}
+    for _ in range(3):
+        for count, so_far in times.items():
+            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python")
+            argv = [sys.executable, *torchrun, *PYTHON, "-m", "tests.benchmark", *sys.argv[1:]]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            out = subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+            so_far += map(float, out.split())
+    one, two = (rate(options.images, so_far) for so_far in times.values())
+    ratio = statistics.median(times[1]) / statistics.median(times[2])
+    yield "2 processes, images/s", two, f"1 process: {one}", f"{ratio:.2f}x"
 
 
-def rate(count, seconds):
-    """Images per second: the median and its spread."""
-    rates = sorted(count / second for second in seconds)
-    return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
-
-
-def throughput(options, plain):
-    """Rows on training, validation and the input pipeline: ours, plain, and the median of their ratios."""
-    device, dtype = choose_device(options.device), DTYPES[options.precision]
-    timed = {}
-    for name, function in functions(load_split(options), device, dtype).items():
-        if name != "bare steps":
-            timed[f"{name}, plain"] = lambda name=name: plain.submit(plain_seconds, name, options).result()
-        timed[name] = lambda function=function: seconds(function, device)
-    times = interleave(timed, options.rounds)
-    for name in ("training", "validation", "input pipeline"):
-        plain_times = times[f"{name}, plain"]
-        ratio = statistics.median(map(operator.truediv, plain_times, times[name]))
-        ours, theirs = rate(options.images, times[name]), rate(options.images, plain_times)
-        yield f"{name}, images/s", ours, f"plain: {theirs}", f"{ratio:.2f}x"
-    overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
-    ours, bare = rate(options.images, times["training"]), rate(options.images, times["bare steps"])
-    yield "loop overhead (time), images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
-
-
-class Options(NamedTuple):
-    dataset: str
-    data_dir: str
-    device: str
-    precision: str
-    rounds: int
-    images: int
-
-
-def load_split(options):
-    """The first of the training images."""
-    split = load_source(options.dataset, options.data_dir).train
-    return Split(*(array[: options.images] for array in split))
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmark")
-    parser.add_argument("--dataset", default="shapes", choices=["cifar10", "shapes"])
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--images", type=int, default=1152, help="a multiple of 128 (default: 1152)")
-    options = Options(**vars(parser.parse_args()))
+def main(options):
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as plain:
         plain.submit(os.getpid).result()  # forked here, before torch has threads or CUDA, or the memory is kept
         keep_freed_memory()
         device = choose_device(options.device)
-        options = options._replace(device=str(device), precision=choose_precision(options.precision, device))
+        options = replace(options, device=str(device), precision=choose_precision(options.precision, device))
         print(describe_device(device), platform.machine(), options.precision, end=", ")
         print(f"torch {torch.__version__}, {options.dataset}\n")
         print(ROW.format("", "here", "compared with", "ratio"))
         print(ROW.format("", "", "", "").replace(" ", "-"))
-        rows = throughput(options, plain), start_and_memory(options), two_processes(options)
-        for name, here, compared, ratio in itertools.chain(*rows):
-            print(ROW.format(name, here, compared, ratio), flush=True)
+        for rows in (throughput(options, plain), start_and_memory(options), two_processes(options)):
+            for row in rows:
+                print(ROW.format(*row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    options = simple_parsing.parse(Options, add_option_string_dash_variants=simple_parsing.DashVariant.DASH)
+    shared_epochs(options) if dist.is_torchelastic_launched() else main(options)
