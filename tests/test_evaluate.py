@@ -1,16 +1,17 @@
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import train
-from config import Config
+from config import config
 from dataset import load_datasets, make_loader
 from extras.predict import load_network
 from model import Net
-from tests.conftest import equal, flags
+from tests.conftest import ROOT, equal, flags
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -31,12 +32,13 @@ def test_only_the_test_images_are_needed(cli, finished, pictures, capsys):
     assert elsewhere == capsys.readouterr().out != ""
 
 
-def test_mirrored_accuracy_is_printed_beside_the_other(cli, finished, capsys):
-    assert cli("--evaluate", finished, "--tta", "--no-report") == 0
+def test_mirrored_accuracy_is_printed_beside_the_other(cli, capsys):
+    path = ROOT / "weights" / "shapes.pt"
+    assert cli("--evaluate", path, "--tta", "--no-report", "--device", "cpu", "--precision", "float32") == 0
     plain, mirrored = capsys.readouterr().out.splitlines()[-2:]
     assert plain.startswith("Test Loss: ")
-    net, checkpoint = load_network(finished / "last.pt")
-    test = load_datasets(Config(**checkpoint["config"])).test
+    net, _ = load_network(path)
+    test = load_datasets(replace(config, dataset="shapes")).test
     images, labels = next(iter(make_loader(test, len(test))))
     with torch.no_grad():
         probabilities = (net(images).exp() + net(images.flip(3)).exp()) / 2

@@ -150,7 +150,7 @@ def test_confusions_are_counted_true_by_predicted():
 
 @pytest.mark.parametrize(
     "names",
-    [[f"rather long name {k}" for k in range(2)], [f"rather long name {k}" for k in range(100)], ["$\\a", "\udcff$"]],
+    [[f"rather long name {k}" for k in range(2)], [f"rather long name {k}" for k in range(100)], ["$\\a$", "\udcff"]],
     ids=["few", "many", "strange"],
 )
 def test_any_classes_are_drawn_with_no_label_cut(names, tmp_path):
