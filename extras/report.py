@@ -101,14 +101,18 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
         warnings.simplefilter("ignore")  # of tqdm in a notebook
         from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
-    layers, hooks = [], []
+    spatial, hooks = [], []
+
+    def remember(layer: nn.Module, args: tuple, out: object) -> None:
+        if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
+            spatial.append(layer)
+
     for module in net.modules():
-        hooks.append(module.register_forward_hook(lambda layer, args, out: layers.append((layer, out.shape))))
+        hooks.append(module.register_forward_hook(remember))
     with torch.no_grad():
         net.eval()(images)
     for hook in hooks:
         hook.remove()
-    spatial = [layer for layer, shape in layers if len(shape) == 4 and shape[2] * shape[3] > 1]
     if not spatial:
         return torch.zeros(len(images), *images.shape[2:])
     parts = LayerGradCam(net, spatial[-1]).attribute(images, targets, relu_attributions=True).detach()

@@ -229,6 +229,33 @@ def test_explanation_is_where_the_class_is_seen_in_any_network(net):
         assert not unseen[part, part].any()
 
 
+class Turned(nn.Module):
+    """Mirrors its images, and says so beside them: what a module returns need not be a tensor."""
+
+    def forward(self, x):
+        return x.flip(3), "mirrored"
+
+
+class TurnedNet(nn.Module):
+    """Tells by redness, of mirrored images."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.turned, self.last = nn.AvgPool2d(4), Turned(), nn.ReLU()
+
+    def forward(self, x):
+        x, _ = self.turned(self.first(x))
+        return self.last(x).mean(dim=(2, 3))
+
+
+def test_explanation_is_by_the_last_layer_whatever_others_return():
+    image = torch.zeros(1, 3, 32, 32)
+    image[0, 0, :12, :12] = 1
+    (seen,) = report.explain(TurnedNet(), image, torch.tensor([0]))
+    assert seen[2:8, 24:30].min() == 1
+    assert not seen[:, :8].any()
+
+
 def test_network_without_an_image_inside_explains_nothing():
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
     assert not report.explain(net, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).any()
