@@ -1,9 +1,11 @@
 import hashlib
 import os
 import pickle
+import re
 import tarfile
 import urllib.error
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,19 +14,17 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from config import UsageError
-from extras.sources import draw_shapes, load_shapes, load_source, read_image
+from extras.sources import load_shapes, load_source, read_image
 
 # --- shapes ---
 
 
 def test_shapes_are_what_a_source_promises():
     source = load_source("shapes", "nowhere")
-    for split in source.train, source.test:
-        assert split.images.dtype == np.uint8
-        assert split.images.shape == (len(split.labels), 32, 32, 3)
-        assert split.labels.dtype == np.int64
-        assert np.bincount(split.labels).tolist() == [len(split.labels) // 10] * 10
-    assert len(source.class_names) == 10
+    for images, labels in source.train, source.test:
+        assert (images.dtype, images.shape) == (np.uint8, (len(labels), 32, 32, 3))
+        assert labels.dtype == np.int64
+        assert np.bincount(labels).tolist() == [len(labels) // len(source.class_names)] * 10
     assert not {image.tobytes() for image in source.train.images} & {image.tobytes() for image in source.test.images}
 
 
@@ -33,11 +33,6 @@ def test_shapes_are_the_same_pictures_on_every_machine():
     train, test, _ = load_shapes()
     sums = [hashlib.md5(split.images.tobytes()).hexdigest() for split in (train, test)]
     assert sums == ["c4cd3aa2aa07282a9fee8cbeef33f924", "fe8b3e7ca2ac034a128a2879e7cdc47c"]
-
-    class OnlyRandom:  # a generator whose other methods may differ between numpy's versions
-        random = np.random.default_rng(0).random
-
-    assert len(np.unique(draw_shapes(20, OnlyRandom()).images, axis=0)) == 20
 
 
 # --- CIFAR ---
@@ -60,77 +55,66 @@ def write_pickle(folder, name, content):
 
 @pytest.fixture
 def cifar10(tmp_path, monkeypatch):
-    """A folder cifar-10-batches-py with 100 images to train on and 20 to test on; torchvision is told their md5."""
+    """CIFAR-10 of 100 images to train on and 20 to test on; torchvision is told their md5."""
     folder = tmp_path / "data" / CIFAR10.base_folder
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-
-    def write(name):
-        images = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        return write_pickle(folder, name, {"data": images, "labels": list(range(10)) * 2})
-
-    monkeypatch.setattr(CIFAR10, "train_list", [write(f"data_batch_{k}") for k in range(1, 6)])
-    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch")])
-    name, md5 = write_pickle(folder, "batches.meta", {"label_names": [f"class {k}" for k in range(10)]})
-    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    images = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    batch = {"data": images, "labels": [*range(10)] * 2}
+    names = {"label_names": [f"class {k}" for k in range(10)]}
+    monkeypatch.setattr(CIFAR10, "train_list", [write_pickle(folder, f"data_batch_{k}", batch) for k in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write_pickle(folder, "test_batch", batch)])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": write_pickle(folder, "batches.meta", names)[1]})
     return folder
 
 
 def test_cifar10_is_what_a_source_promises(cifar10):
-    source = load_source("cifar10", cifar10.parent)
-    assert source.train.images.shape == (100, 32, 32, 3)
-    assert source.test.images.dtype == np.uint8
-    assert source.train.labels.dtype == np.int64
+    source = load_source("cifar10", str(cifar10))  # data_dir may be the folder with the batches itself
+    assert (source.train.images.shape, source.test.images.shape) == ((100, 32, 32, 3), (20, 32, 32, 3))
+    assert (source.test.images.dtype, source.train.labels.dtype) == (np.uint8, np.int64)
     assert source.class_names[3] == "class 3"
     row = pickle.loads((cifar10 / "data_batch_1").read_bytes())["data"][0]
     assert np.array_equal(source.train.images[0], row.reshape(3, 32, 32).transpose(1, 2, 0))
 
 
-def test_data_dir_may_be_the_folder_with_the_batches_itself(cifar10):
-    assert len(load_source("cifar10", str(cifar10)).train.labels) == 100
-
-
 def test_cifar100_is_read_with_its_fine_classes(tmp_path, monkeypatch):
     folder = tmp_path / CIFAR100.base_folder
     folder.mkdir()
-    batch = {"data": np.arange(200 * 3072, dtype=np.uint32).astype(np.uint8).reshape(200, 3072)}
-    batch |= {"fine_labels": [*range(100), *range(100)], "coarse_labels": [0] * 200}
+    batch = {"data": np.zeros((200, 3072), np.uint8), "fine_labels": [*range(100)] * 2, "coarse_labels": [0] * 200}
     names = {"fine_label_names": [f"fine {k}" for k in range(100)], "coarse_label_names": ["coarse"] * 20}
     monkeypatch.setattr(CIFAR100, "train_list", [write_pickle(folder, "train", batch)])
     monkeypatch.setattr(CIFAR100, "test_list", [write_pickle(folder, "test", batch)])
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": write_pickle(folder, "meta", names)[1]})
     source = load_source("cifar100", tmp_path)
-    assert len(source.class_names) == 100
-    assert source.class_names[7] == "fine 7"
+    assert source.class_names == tuple(names["fine_label_names"])
     assert source.test.labels.tolist() == batch["fine_labels"]
 
 
-def cifar10_refusal(data_dir):
-    """The line with which CIFAR-10 is refused; it always names the ways out."""
+def check_that_cifar10_is_refused(data_dir, why=""):
+    """It is one line, and always names the ways out."""
     with pytest.raises(UsageError) as error:
         load_source("cifar10", data_dir)
-    message = str(error.value)
-    assert "\n" not in message
-    for words in (str(data_dir), CIFAR10.url, CIFAR10.tgz_md5, "--data-dir", "--dataset shapes"):
-        assert words in message
-    return message
+    for words in (why, str(data_dir), CIFAR10.url, CIFAR10.tgz_md5, "--data-dir", "--dataset shapes"):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_without_data_and_network_the_ways_out_are_named(tmp_path):
-    assert "no network" in cifar10_refusal(tmp_path / "empty")
+    check_that_cifar10_is_refused(tmp_path / "empty", "no network")
+    (tmp_path / "file").touch()
+    check_that_cifar10_is_refused(tmp_path / "file" / "data", "Not a directory")
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
 def test_damaged_file_is_never_read(cifar10, name, damage):
-    path = cifar10 / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
-    cifar10_refusal(cifar10.parent)
+    damage(cifar10 / name)
+    check_that_cifar10_is_refused(cifar10.parent)
 
 
 def test_malicious_file_never_runs(cifar10, tmp_path):
@@ -139,43 +123,20 @@ def test_malicious_file_never_runs(cifar10, tmp_path):
             return os.mkdir, (str(tmp_path / "marker"),)
 
     write_pickle(cifar10, "data_batch_2", Malicious())
-    cifar10_refusal(cifar10.parent)
+    check_that_cifar10_is_refused(cifar10.parent)
     assert not (tmp_path / "marker").exists()
 
 
-@pytest.mark.parametrize("damage", [False, True], ids=["whole", "damaged"])
-def test_archive_put_in_place_by_hand_mends_what_is_damaged(cifar10, monkeypatch, damage):
+def test_archive_put_in_place_by_hand_mends_what_is_damaged_unless_it_is_damaged_too(cifar10, monkeypatch):
     archive = cifar10.parent / CIFAR10.filename
     with tarfile.open(archive, "w:gz") as file:
         file.add(cifar10, CIFAR10.base_folder)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     (cifar10 / "data_batch_3").write_bytes(b"")
-    if damage:
-        archive.write_bytes(archive.read_bytes()[:-1])
-        cifar10_refusal(cifar10.parent)
-    else:
-        assert len(load_source("cifar10", cifar10.parent).train.labels) == 100
-
-
-def test_data_dir_that_cannot_be_made_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    cifar10_refusal(tmp_path / "file" / "data")
-
-
-@pytest.mark.parametrize("fault", ["label", "count", "truncated", "key"])
-def test_content_that_cannot_be_right_is_refused_even_if_its_md5_is(cifar10, monkeypatch, fault):
-    batch = {"data": np.zeros((10, 3072), dtype=np.uint8), "labels": list(range(10))}
-    if fault == "label":
-        batch["labels"][3] = 10
-    if fault == "count":
-        batch["labels"].append(0)
-    if fault == "key":
-        del batch["data"]
-    content = pickle.dumps(batch)[: -100 if fault == "truncated" else None]
-    (cifar10 / "test_batch").write_bytes(content)
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", hashlib.md5(content).hexdigest()]])
-    with pytest.raises(UsageError, match=r"^cifar10 "):
-        load_source("cifar10", cifar10.parent)
+    assert len(load_source("cifar10", cifar10.parent).train.labels) == 100
+    (cifar10 / "data_batch_3").write_bytes(b"")
+    archive.write_bytes(archive.read_bytes()[:-1])
+    check_that_cifar10_is_refused(cifar10.parent)
 
 
 # --- a folder of images ---
@@ -184,15 +145,13 @@ def test_content_that_cannot_be_right_is_refused_even_if_its_md5_is(cifar10, mon
 @pytest.fixture
 def folder(tmp_path):
     """Two classes, three images of different formats, modes and sizes each, and what systems leave beside them."""
-    for part in ("train", "test"):
-        for shade, name in ((40, "dark"), (200, "bright")):
-            path = tmp_path / part / name
-            path.mkdir(parents=True)
-            Image.new("RGB", (32, 32), (shade, 0, shade)).save(path / "a.png")
-            Image.new("L", (100, 50), shade).save(path / "b.JPG")
-            Image.new("P", (20, 40)).save(path / "c.gif")
-            for junk in (".DS_Store", "Thumbs.db", "desktop.ini"):
-                (path / junk).write_bytes(b"not an image")
+    for path, shade in (("train/dark", 40), ("train/bright", 200), ("test/dark", 40), ("test/bright", 200)):
+        (tmp_path / path).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (shade, 0, shade)).save(tmp_path / path / "a.png")
+        Image.new("L", (100, 50), shade).save(tmp_path / path / "b.JPG")
+        Image.new("P", (20, 40)).save(tmp_path / path / "c.gif")
+        for junk in (".DS_Store", "Thumbs.db", "desktop.ini"):
+            (tmp_path / path / junk).write_bytes(b"not an image")
     (tmp_path / "test" / "__MACOSX").mkdir()
     return tmp_path
 
@@ -206,41 +165,36 @@ def test_folder_is_what_a_source_promises(folder):
     assert abs(int(source.test.images[4, 5, 5, 0]) - 40) < 3  # dark/b.JPG
 
 
-def test_images_to_train_on_need_not_be_there_to_test_only(folder):
-    (folder / "train").rename(folder / "elsewhere")
-    assert load_source("folder", folder, test_only=True).test.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(UsageError, match="train cannot be read as a folder"):
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda path: path.write_bytes(b""), "damaged, or no image"),
+        (lambda path: path.write_bytes(b"text"), "damaged, or no image"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "damaged, or no image"),
+        (lambda path: path.unlink() or os.mkfifo(path), "not a file"),  # to open a pipe would wait for ever
+        (lambda path: Image.new("F", (32, 32)).save(path, "TIFF"), "its pixels, of mode F, have no fixed range"),
+    ],
+)
+def test_file_that_is_no_image_is_named(folder, damage, why):
+    damage(folder / "test/dark/b.JPG")
+    with pytest.raises(UsageError, match=rf"dark/b.JPG cannot be read as an image \({why}\)$"):
         load_source("folder", folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"text", "truncated", "pipe"])
-def test_file_that_is_no_image_is_named(folder, content):
-    path = folder / "test" / "dark" / "b.JPG"
-    data = path.read_bytes()
-    path.unlink()
-    if content == "pipe":  # to open it would wait for ever
-        os.mkfifo(path)
-    else:
-        path.write_bytes(data[:-200] if content == "truncated" else content)
-    with pytest.raises(UsageError, match=r"dark/b.JPG cannot be read as an image \(.+\)$"):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: folder.rename(f"{folder} elsewhere"), "DATA_DIR/train/CLASS/IMAGE"),
+        (lambda folder: (folder / "test/grey").mkdir(), "test/grey has no counterpart in train"),
+        (lambda folder: (folder / "train/grey").mkdir(), "train/grey has no counterpart in test"),
+        (lambda folder: (folder / "test/grey").mkdir() or (folder / "train/grey").mkdir(), "grey is empty"),
+        (lambda folder: (folder / "test/grey").touch() or (folder / "train/grey").mkdir(), "test/grey cannot be read"),
+    ],
+)
+def test_folder_that_is_no_dataset_is_refused(folder, change, words):
+    change(folder)
+    with pytest.raises(UsageError, match=words):
         load_source("folder", folder)
-
-
-def test_folder_that_is_no_dataset_is_refused(folder):
-    def refusal(data_dir=folder):
-        with pytest.raises(UsageError) as error:
-            load_source("folder", data_dir)
-        return str(error.value)
-
-    assert "DATA_DIR/train/CLASS/IMAGE" in refusal(folder / "nowhere")
-    (folder / "test" / "grey").mkdir()
-    assert "test/grey has no counterpart in train" in refusal()
-    (folder / "train" / "grey").mkdir()
-    assert "grey is empty" in refusal()
-    (folder / "test" / "grey").rmdir()
-    assert "train/grey has no counterpart in test" in refusal()
-    (folder / "test" / "grey").touch()
-    assert "test/grey cannot be read as a folder" in refusal()
 
 
 # --- one image ---
@@ -248,12 +202,11 @@ def test_folder_that_is_no_dataset_is_refused(folder):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Return a function that writes an image of constant or given pixels, and reads it again."""
+    """Return a function that writes an image of the given pixels, and reads it again."""
 
-    def save_and_read(pixels, name="image.png", mode=None, **options):
-        image = Image.fromarray(np.asarray(pixels))
-        (image.convert(mode) if mode else image).save(tmp_path / name, **options)
-        return read_image(tmp_path / name)
+    def save_and_read(pixels, mode=None, **options):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "image.png", **options)
+        return read_image(tmp_path / "image.png")
 
     return save_and_read
 
@@ -266,46 +219,34 @@ def test_image_of_the_right_size_keeps_its_pixels_and_is_turned_upright(saved):
     assert np.array_equal(saved(pixels, exif=exif), np.rot90(pixels, -1))
 
 
+def halves(upper, lower):
+    """Pixels (32, 32, ...), each half alike."""
+    return np.repeat([upper, lower], 512, axis=0).reshape(32, 32, *np.shape(upper))
+
+
+WHITE = [255] * 3
+
+
 def test_transparent_is_white(saved):
-    pixels = np.full((32, 32, 4), 100, dtype=np.uint8)
-    pixels[:16, :, 3] = 0
-    pixels[16:, :, 3] = 255
-    image = saved(pixels)
-    assert (image[:16] == 255).all()
-    assert (image[16:] == 100).all()
-    palette = np.repeat(np.array([0, 200], dtype=np.uint8), 512).reshape(32, 32)
-    assert (saved(palette, mode="P", transparency=0)[:16] == 255).all()
+    assert np.array_equal(saved(halves(np.uint8([9, 9, 9, 0]), np.uint8([9, 9, 9, 255]))), halves(WHITE, [9] * 3))
+    assert np.array_equal(saved(halves(np.uint8(0), np.uint8(200)), mode="P", transparency=0), halves(WHITE, [200] * 3))
 
 
-def test_sixteen_bit_grey_is_scaled(saved, capsys):
-    pixels = np.full((32, 32), 40_000, dtype=np.uint16)
-    pixels[:16] = 1
-    image = saved(pixels, transparency=1)
-    assert (image[16:] == 40_000 // 256).all()
-    assert (image[:16] == 255).all()  # what is transparent is white here too
+def test_sixteen_bit_grey_is_scaled_and_transparent_is_white(saved, capsys):
+    image = saved(halves(np.uint16(1), np.uint16(40_000)), transparency=1)
+    assert np.array_equal(image, halves(WHITE, [40_000 // 256] * 3))
     assert capsys.readouterr().err == ""
 
 
 def test_sixteen_bit_colour_is_scaled_and_transparent_is_white(tmp_path):
-    pixels = np.full((32, 32, 3), 40_000, dtype=np.uint16)
-    pixels[:16] = 30_000
-    png = cv2.imencode(".png", pixels)[1].tobytes()
+    png = cv2.imencode(".png", halves(np.uint16([30_000] * 3), np.uint16([40_000] * 3)))[1].tobytes()
     chunk = b"tRNS" + np.full(3, 30_000, dtype=">u2").tobytes()  # Pillow and OpenCV write none
     chunk = (6).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     (tmp_path / "deep.png").write_bytes(png[:33] + chunk + png[33:])
-    image = read_image(tmp_path / "deep.png")
-    assert (image[16:] == 40_000 // 256).all()
-    assert (image[:16] == 255).all()
+    assert np.array_equal(read_image(tmp_path / "deep.png"), halves(WHITE, [40_000 // 256] * 3))
 
 
 def test_sixteen_bit_grey_that_would_be_black_is_warned_of_once(saved, capsys):
     for _ in range(2):
         saved(np.full((32, 32), 4_000, dtype=np.uint16))
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: warning: a 16-bit image")
-    assert err.count("\n") == 1
-
-
-def test_pixels_without_a_range_are_refused(saved):
-    with pytest.raises(UsageError, match=r"float\.tiff .* no fixed range"):
-        saved(np.full((32, 32), 0.5, dtype=np.float32), "float.tiff")
+    assert re.fullmatch(r"train.py: warning: a 16-bit image .+\n", capsys.readouterr().err)
