@@ -173,10 +173,10 @@ CONTINUE = "epoch 1 is saved; to continue: python train.py --resume run\n"
 
 
 def test_loss_that_is_not_finite_keeps_what_was_saved(cli, tiny, at_step_8, refusal):
-    at_step_8(lambda log_probs: log_probs * math.nan)
+    at_step_8(lambda log_probs: log_probs * math.inf)
     assert cli(*flags(tiny, run_dir="run"), "--no-report") == 1
     message = refusal()
-    assert "Epoch 2/2 - Training: the loss is nan at step 3; a new run needs a lower --learning-rate" in message
+    assert "Epoch 2/2 - Training: the loss is inf at step 3; a new run needs a lower --learning-rate" in message
     assert message.endswith("; epoch 1 is saved\n")  # continuing would come to the same loss
     assert load_checkpoint("run/last.pt")["epoch"] == 1
 

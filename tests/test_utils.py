@@ -5,6 +5,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from utils import (
     choose_device,
     choose_precision,
     choose_workers,
-    describe_device,
     load_checkpoint,
     make_deterministic,
     save_checkpoint,
@@ -40,36 +40,21 @@ def test_auto_device_is_the_accelerator_or_else_the_cpu(monkeypatch):
         choose_device("auto")
 
 
-@pytest.mark.parametrize("name", ["", "cud", "cuda:99", "cpu:x", "meta"])
-def test_device_that_cannot_be_used_is_refused_with_the_way_out(name):
-    with pytest.raises(UsageError, match=rf"^device {name!r} cannot be used here \(.+\): name another with --device$"):
-        choose_device(name)
-
-
-def test_cpu_is_described_with_its_threads():
-    assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
-
-
 @pytest.mark.parametrize(
-    ("capabilities", "precision"),
-    [({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16"), ({"avx2": True}, "float32")],
+    ("device", "capabilities", "precision"),
+    [
+        (CPU, {"avx512_bf16": True}, "bfloat16"),
+        (CPU, {"amx_bf16": True}, "bfloat16"),
+        (CPU, {"avx2": True}, "float32"),
+        (CUDA, (8, 0), "bfloat16"),
+        (CUDA, (7, 5), "float32"),
+    ],
 )
-def test_auto_precision_of_a_cpu_is_bfloat16_where_it_is_native(monkeypatch, capabilities, precision):
+def test_auto_precision_is_bfloat16_where_it_is_native(monkeypatch, device, capabilities, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert choose_precision("auto", CPU) == precision
-    assert choose_precision("float32", CPU) == "float32"
-
-
-@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((7, 5), "float32")])
-def test_auto_precision_of_a_gpu_is_bfloat16_where_it_is_native(monkeypatch, capability, precision):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_precision("auto", CUDA) == precision
-    assert choose_precision("float16", CUDA) == "float16"
-
-
-def test_float16_off_cuda_is_refused():
-    with pytest.raises(UsageError, match="precision float16 needs a CUDA device, not cpu: name another with --prec"):
-        choose_precision("float16", CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities)
+    assert choose_precision("auto", device) == precision
+    assert (choose_precision("float32", CPU), choose_precision("float16", CUDA)) == ("float32", "float16")
 
 
 @pytest.mark.parametrize(
@@ -104,40 +89,19 @@ def test_random_numbers_follow_from_seed_epoch_and_rank():
     assert len(set(numbers)) == 5
 
 
-# --- meter and bar ---
+# --- the bar ---
 
 
-def test_meter_averages_over_images():
-    meter = Meter("Training", 2, CPU)
-    log_probs = torch.zeros(4, 10).index_fill_(1, torch.tensor([7]), 1.0)  # all are taken for class 7
-    meter.update(torch.tensor(1.0), log_probs, torch.tensor([7, 7, 7, 0]))
-    meter.update(torch.tensor(3.0), log_probs[:1], torch.tensor([0]))
-    assert meter.result() == meter.total() == {"loss": (4 * 1 + 1 * 3) / 5, "accuracy": 60.0}
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_meter_finds_the_first_loss_that_is_not_finite(bad):
-    meter = Meter("Epoch 3/9 - Training", 3, CPU)
-    for loss in (1.0, bad, float("nan")):
-        meter.update(torch.tensor(loss), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(RunStopped, match=rf"Epoch 3/9 - Training: the loss is {bad} at step 2; .+ --learning-rate"):
-        meter.result()
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("stderr", [Terminal(), io.StringIO()], ids=["terminal", "file"])
-def test_bar_has_the_specifications_form_and_is_for_terminals_only(monkeypatch, stderr):
+def test_bar_has_the_specifications_form(monkeypatch):
+    stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
     meter = Meter("Epoch 1/30 - Validation", 3, CPU)
     for _, labels in with_progress([(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))] * 3, meter):
         meter.update(torch.tensor(0.5), torch.eye(10)[[0, 0]], labels)
     bar = r"Epoch 1/30 - Validation: 100%\|.+\| 3/3 \[\d\d:\d\d<00:00, .+it/s, accuracy=50\.000, loss=0\.5000\]\n"
-    assert re.fullmatch(bar if stderr.isatty() else "", stderr.getvalue().split("\r")[-1])
+    assert re.fullmatch(bar, stderr.getvalue().split("\r")[-1])
 
 
 # --- files ---
@@ -151,15 +115,12 @@ def test_file_is_replaced_by_a_whole_new_one(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
 def test_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, step):
-    def refuse(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
     path = tmp_path / "page"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
-        patch.setattr("builtins.open" if step == "open" else f"os.{step}", refuse)
+        patch.setattr(step, Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(RunStopped, match=r"page cannot be written \(No space left on device\)"):
             write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
@@ -167,9 +128,7 @@ def test_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, step
 
 
 def test_disk_that_became_read_only_is_told_in_one_line(tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise OSError(30, "Read-only file system")
-
+    refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     monkeypatch.setattr(os, "replace", refuse)
     monkeypatch.setattr(Path, "unlink", refuse)  # the temporary cannot be removed either
     with pytest.raises(RunStopped, match=r"page cannot be written \(Read-only file system\)"):
@@ -193,27 +152,15 @@ def test_checkpoint_comes_back_and_torch_reads_it_too(checkpoint):
     Net(base_channels=2).load_state_dict(content["model"])
 
 
-def test_flipped_bit_anywhere_is_found(checkpoint):
-    content = bytearray(checkpoint.read_bytes())
-    for position in [*range(0, len(content), len(content) // 97), len(content) - 1]:
-        content[position] ^= 8
+def test_flipped_bit_anywhere_and_missing_end_are_found(checkpoint):
+    whole = checkpoint.read_bytes()
+    damaged = [whole[:size] for size in (0, 10, 1000, -1)]
+    for position in [*range(0, len(whole), len(whole) // 97), len(whole) - 1]:
+        damaged.append(whole[:position] + bytes([whole[position] ^ 8]) + whole[position + 1 :])
+    for content in damaged:
         checkpoint.write_bytes(content)
-        content[position] ^= 8
         with pytest.raises(UsageError, match=r"^checkpoint .+some\.pt is damaged"):
             load_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("size", [0, 10, 1000, -1])
-def test_truncated_checkpoint_is_refused(checkpoint, size):
-    checkpoint.write_bytes(checkpoint.read_bytes()[:size])
-    with pytest.raises(UsageError, match=r"^checkpoint .+some\.pt is damaged"):
-        load_checkpoint(checkpoint)
-
-
-@pytest.mark.parametrize("name", ["nowhere.pt", "."])
-def test_missing_checkpoint_is_refused(tmp_path, name):
-    with pytest.raises(UsageError, match=r"^checkpoint .+ cannot be read \((No such file|Is a directory)"):
-        load_checkpoint(tmp_path / name)
 
 
 def seal(path, content):
@@ -221,7 +168,7 @@ def seal(path, content):
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
-@pytest.mark.parametrize("content", [[1], {"epoch": 1}, {"format": "s8erav3-0"}], ids=["list", "none", "other"])
+@pytest.mark.parametrize("content", [[1], {"format": "s8erav3-0"}], ids=["list", "other"])
 def test_other_format_is_refused(tmp_path, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
