@@ -36,7 +36,7 @@ def test_mirrored_accuracy_is_printed_beside_the_other(cli, capsys):
     path = ROOT / "weights" / "shapes.pt"
     assert cli("--evaluate", path, "--tta", "--no-report", "--device", "cpu", "--precision", "float32") == 0
     plain, mirrored = capsys.readouterr().out.splitlines()[-2:]
-    assert plain.startswith("Test Loss: ")
+    assert re.fullmatch(r"Test Loss: 0\.\d{4}, Test Acc: 100\.0000", plain)
     net, _ = load_network(path)
     test = load_datasets(replace(config, dataset="shapes")).test
     images, labels = next(iter(make_loader(test, len(test))))
@@ -57,19 +57,10 @@ def test_mirrored_accuracy_is_printed_beside_the_other(cli, capsys):
 def test_checkpoint_that_does_not_fit_is_refused(cli, finished, pictures, refusal, change, words):
     save_checkpoint("other.pt", load_checkpoint(finished / "last.pt") | change)
     assert cli("--evaluate", "other.pt", "--data-dir", pictures, "--no-report") == 2
-    message = refusal()
-    assert "other.pt" in message
-    assert words in message
+    assert re.search(f"other.pt.*{words}", refusal())
 
 
 # --- the end of a run ---
-
-
-def test_without_held_out_images_the_end_names_the_best_epoch_and_tests_nothing(cli, tiny, narrow, capsys):
-    assert cli(*flags(tiny, epochs=1, run_dir="run"), "--no-report") == 0
-    end = capsys.readouterr().out.splitlines()[-1]
-    accuracy = load_checkpoint("run/last.pt")["metrics"][0]["valid_accuracy"]
-    assert end == f"Best Valid Acc: {accuracy:.4f} (epoch 1). Results are in run."
 
 
 def test_held_out_images_choose_the_network_that_is_tested_at_the_end(cli, tiny, monkeypatch, before, capsys):

@@ -5,7 +5,7 @@ from PIL import Image
 
 from config import UsageError
 from dataset import ImageDataset
-from extras.predict import average_views, compute_log_probs, load_network, predict
+from extras.predict import load_network, predict
 from model import Net
 from tests.conftest import ROOT
 from utils import load_checkpoint, save_checkpoint
@@ -42,9 +42,9 @@ def test_probabilities_are_the_networks_with_its_own_normalization(checkpoint, p
         expected = net(image[None]).exp()[0]
     (prediction,) = predict(checkpoint, [pixels])
     assert [prediction.probabilities[name] for name in NAMES] == pytest.approx(expected.tolist())
-    assert prediction.class_name == NAMES[expected.argmax()]
-    assert prediction.probability == max(prediction.probabilities.values())
-    assert list(prediction.probabilities.values()) == sorted(prediction.probabilities.values(), reverse=True)
+    likeliest_first = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
+    assert list(prediction.probabilities.items()) == likeliest_first
+    assert (prediction.class_name, prediction.probability) == likeliest_first[0]
 
 
 def test_an_image_may_be_a_path_an_array_a_tensor_or_of_pil(checkpoint, pixels, tmp_path):
@@ -86,13 +86,6 @@ def test_what_is_no_image_is_refused_with_what_one_may_be(checkpoint, pixels, sp
         predict(checkpoint, [pixels, spoil(pixels)])
 
 
-def test_file_that_cannot_be_read_is_named(cli, checkpoint, refusal):
-    with pytest.raises(UsageError, match="nowhere cannot be read as an image"):
-        predict(checkpoint, ["nowhere"])
-    assert cli("--evaluate", checkpoint, "--predict", "nowhere.png") == 2
-    assert "nowhere.png cannot be read as an image (No such file or directory)" in refusal()
-
-
 def test_command_line_prints_the_three_likeliest_of_each_image(cli, finished, pictures, capsys):
     images = sorted(pictures.glob("test/*/*.png"))[:2]
     assert cli("--evaluate", finished, "--predict", *images) == 0
@@ -102,26 +95,9 @@ def test_command_line_prints_the_three_likeliest_of_each_image(cli, finished, pi
         assert line == f"{image}: {', '.join(f'{name} {100 * part:.1f} %' for name, part in three)}"
 
 
-def test_mirror_images_are_averaged_as_probabilities(pixels):
-    torch.manual_seed(0)
-    net = Net().eval()
-    images = torch.randn(5, 3, 32, 32)
-    batches = [(images[:3], None), (images[3:], None)]
-    log_probs, mirrored = compute_log_probs(net, batches), compute_log_probs(net, batches, mirrored=True)
-    with torch.no_grad():
-        torch.testing.assert_close(log_probs, net(images))
-        torch.testing.assert_close(mirrored, net(images.flip(3)))
-    torch.testing.assert_close(average_views(log_probs, mirrored).exp(), (log_probs.exp() + mirrored.exp()) / 2)
-
-
 def test_weights_of_cifar10_are_asked_if_no_checkpoint_is_named(cli, pixels, capsys):
     Image.fromarray(pixels).save("a.png")
     assert cli("--predict", "a.png") == 0
     (prediction,) = predict(ROOT / "weights" / "cifar10.pt", [pixels])
     assert {"cat", "dog", "frog"} < prediction.probabilities.keys()
     assert capsys.readouterr().out.startswith(f"a.png: {prediction.class_name} ")
-
-
-def test_weights_of_shapes_know_their_test_images(cli, capsys):
-    assert cli("--evaluate", ROOT / "weights" / "shapes.pt", "--no-report", "--precision", "float32") == 0
-    assert "Test Acc: 100.0000" in capsys.readouterr().out

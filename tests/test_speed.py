@@ -1,6 +1,8 @@
+import functools
 import platform
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,17 +15,13 @@ from utils import load_checkpoint
 
 
 def test_compiled_network_keeps_names_and_numbers(cli, tiny, narrow, monkeypatch):
-    compiled, real = [], torch.compile
-
-    def compile_soon(function, **options):  # without the code generator, which takes half a minute
-        compiled.append(options)
-        return real(function, **options, backend="eager")
-
-    monkeypatch.setattr(torch, "compile", compile_soon)
+    # Without the code generator, which takes half a minute.
+    compiler = Mock(side_effect=functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compiler)
     for name, flag in (("compiled", "true"), ("plain", "false")):
         argv = flags(tiny, epochs=1, batch_size=50, run_dir=name)
         assert cli(*argv, "--compile", flag, "--no-report") == 0
-    assert len(compiled) == 1
+    compiler.assert_called_once()
     ours, plain = (load_checkpoint(f"{name}/last.pt") for name in ("compiled", "plain"))
     assert ours["model"].keys() == plain["model"].keys()
     assert ours["network"] == plain["network"]

@@ -2,7 +2,6 @@ import multiprocessing
 import signal
 import socket
 import time
-import warnings
 from multiprocessing.resource_sharer import DupFd
 
 import albumentations as A
@@ -17,9 +16,8 @@ from extras.workers import start_worker
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="Windows cannot fork")
 
 
-def shapes(transform=None, num_workers=1):
+def shapes(augmentation=None, num_workers=1):
     """A loader of two batches."""
-    augmentation = None if transform is None else RepeatableCompose([transform])
     dataset = ImageDataset(*draw_shapes(20, np.random.default_rng(0)), SHAPES, (0.5,) * 3, (0.25,) * 3, augmentation)
     return make_loader(dataset, 16, num_workers=num_workers)
 
@@ -56,14 +54,13 @@ def leave_no_room(image, **kwargs):
 
 @needs_fork
 def test_batch_that_cannot_be_handed_over_is_an_error_and_not_waited_for():
-    loader = shapes(A.Lambda(image=leave_no_room, p=1))
+    loader = shapes(RepeatableCompose([A.Lambda(image=leave_no_room, p=1)]))
     loader.multiprocessing_context, loader.timeout = "fork", 6
     loader.collate_fn = list  # so that the shared memory is needed late, by the thread that hands batches over
     with pytest.raises(RuntimeError, match=r"DataLoader worker .* exited unexpectedly"):
         next(iter(loader))
 
 
+@pytest.mark.filterwarnings("error")
 def test_more_workers_than_cores_are_nobodys_mistake():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        shapes(num_workers=200)
+    shapes(num_workers=200)
