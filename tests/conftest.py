@@ -1,7 +1,9 @@
 """Helpers of all tests: small images, one finished run, the command line in this process and in one of its own."""
 
 import functools
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,21 +29,16 @@ from utils import load_checkpoint
 ROOT = Path(__file__).parent.parent
 
 
-def write_pictures(folder: Path) -> Path:
-    """Write 150 shapes to train on and 50 to test on, as `--dataset folder` reads them."""
-    rng, names = np.random.default_rng(0), list(SHAPES)
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of shapes as `--dataset folder` reads them, not to be changed: 150 to train on, 50 to test on."""
+    folder, rng, names = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), list(SHAPES)
     for part, count in (("train", 150), ("test", 50)):
         for number, (image, label) in enumerate(zip(*draw_shapes(count, rng), strict=True)):
             path = folder / part / names[label] / f"{number:03}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     return folder
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    """A folder of small pictures, not to be changed: 150 to train on, 50 to test on, ten classes."""
-    return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session")
@@ -53,11 +50,8 @@ def tiny(pictures) -> Config:
 
 def flags(config: Config, **changes) -> list[str]:
     """Return the command line that gives these settings."""
-    words = []
-    for name, value in asdict(replace(config, **changes)).items():
-        if value != getattr(Config(), name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
+    changed = asdict(replace(config, **changes)).items() - asdict(Config()).items()
+    return [word for name, value in sorted(changed) for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 @pytest.fixture(scope="session")
@@ -106,13 +100,10 @@ def narrow(monkeypatch):
 
 @pytest.fixture
 def before(monkeypatch):
-    """Return a function that arranges for an action, in this process, before a file of that name is replaced.
-
-    nth: at which of the times.
-    """
+    """Return a function that arranges for an action, in this process, before the nth time that a file is replaced."""
 
     def arrange(name: str, action: Callable[[], None], nth: int = 1) -> None:
-        replace, times = os.replace, iter(range(1, 1000))
+        replace, times = os.replace, itertools.count(1)
 
         def watched(source, target):
             if Path(target).name == name and next(times) == nth:
@@ -130,8 +121,7 @@ def refusal(capsys):
 
     def read() -> str:
         err = capsys.readouterr().err
-        assert err.startswith("train.py: ")
-        assert err.count("\n") == 1
+        assert re.fullmatch(r"train.py: .+\n", err)
         return err
 
     return read
