@@ -4,58 +4,43 @@ python -m tests.soak [KILLS]     (default 50; about 12 s each on 2 cores; not pa
 """
 
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import equal, outcome
+from tests.conftest import equal, outcome, start
 from utils import load_checkpoint
 
-TRAIN = Path(__file__).parent.parent / "train.py"
 NEW = ("--dataset", "shapes", "--batch-size", "64", "--dropout", "0.1", "--epochs")
 
 
-def start(folder, *argv):
-    command = [sys.executable, TRAIN, *argv]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-def saved_epoch(run_dir):
-    return load_checkpoint(run_dir / "last.pt")["epoch"] if (run_dir / "last.pt").exists() else 0
-
-
 def main(kills):
-    rng = random.Random(0)
-    begin = time.monotonic()
+    rng, begin, count = random.Random(0), time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
         killed, straight = Path(folder, "killed"), Path(folder, "straight")
-        epochs = str(kills)
-        argv = (*NEW, epochs, "--run-dir", "killed")
-        count = 0
+        argv = (*NEW, kills, "--run-dir", killed)
         while True:
-            process = start(folder, *argv, "--num-workers", str(rng.randint(0, 3)))
+            process = start(*argv, "--num-workers", rng.randint(0, 3), cwd=folder, stdout=subprocess.DEVNULL)
             try:
                 # From the first import to well after an epoch's end; kills before the first step count too.
                 process.wait(timeout=rng.uniform(1, 12) if count < kills else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                count += 1
-                print(f"kill {count}: epoch {saved_epoch(killed)} of {epochs} is saved", flush=True)
-            else:
-                if process.returncode:
-                    sys.exit(process.stderr.read())
                 break
-            argv = ("--resume", "killed") if (killed / "config.json").exists() else argv
-        if start(folder, *NEW, epochs, "--run-dir", "straight").wait():
-            sys.exit("the undisturbed run failed")
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            count += 1
+            saved = load_checkpoint(killed / "last.pt")["epoch"] if (killed / "last.pt").exists() else 0
+            print(f"kill {count}: epoch {saved} of {kills} is saved", flush=True)
+            argv = ("--resume", killed) if (killed / "config.json").exists() else argv
+        with start(*NEW, kills, "--run-dir", straight, cwd=folder, stdout=subprocess.DEVNULL) as other:
+            for each in (process, other):
+                if errors := each.communicate()[1]:
+                    sys.exit(errors)
         assert equal(outcome(killed), outcome(straight)), "the runs differ"
-    print(
-        f"{count} kills in {time.monotonic() - begin:.0f} s: the same weights, optimizer state and metrics, bit for bit"
-    )
+    took = f"{count} kills in {time.monotonic() - begin:.0f} s"
+    print(f"{took}: the same weights, optimizer state and metrics, bit for bit")
 
 
 if __name__ == "__main__":

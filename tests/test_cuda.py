@@ -1,15 +1,12 @@
 """What only a GPU can show; without one these tests are skipped."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from config import config
 from model import Net
 from tests.conftest import equal, flags, outcome, start
-from train import make_optimizers, train_step, validate
-from utils import DTYPES, Meter, load_checkpoint
+from train import validate
+from utils import DTYPES, load_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -59,26 +56,3 @@ def test_killed_and_continued_it_is_the_same_run_if_deterministic(tiny, tmp_path
     process = start("--resume", "killed", "--no-report", cwd=tmp_path)
     assert process.communicate(timeout=300)[1] == ""
     assert equal(outcome(tmp_path / "killed"), outcome(tmp_path / "straight"))
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_no_step_waits_for_the_device(precision):
-    net = Net().to("cuda", memory_format=torch.channels_last)
-    images, labels = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda")
-    optimizers, meter = make_optimizers(net, config), Meter("Training", 3, images.device)
-    for step in range(3):
-        if step == 1:  # the first sets things up
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            loss, log_probs = train_step(net, images, labels, optimizers, DTYPES[precision])
-            meter.update(loss, log_probs, labels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert meter.result()["loss"] > 0
-
-
-def test_out_of_memory_is_one_line(cli, tiny, monkeypatch, refusal):
-    monkeypatch.setattr(Net, "forward", lambda net, x: torch.empty(2**50, device=x.device))
-    assert cli(*flags(tiny, device="cuda", run_dir="run"), "--no-report") == 1
-    assert "out of memory; a new run needs a smaller --batch-size" in refusal()
-    assert not (Path("run") / "last.pt").exists()

@@ -107,14 +107,6 @@ def test_bar_has_the_specifications_form(monkeypatch):
 # --- files ---
 
 
-def test_file_is_replaced_by_a_whole_new_one(tmp_path):
-    path = tmp_path / "page"
-    for content in (b"old", b"new"):
-        write_atomically(path, content)
-        assert path.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
 def test_file_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch, step):
     path = tmp_path / "page"

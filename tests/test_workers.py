@@ -1,5 +1,4 @@
 import multiprocessing
-import signal
 import socket
 import time
 from multiprocessing.resource_sharer import DupFd
@@ -20,13 +19,6 @@ def shapes(augmentation=None, num_workers=1):
     """A loader of two batches."""
     dataset = ImageDataset(*draw_shapes(20, np.random.default_rng(0)), SHAPES, (0.5,) * 3, (0.25,) * 3, augmentation)
     return make_loader(dataset, 16, num_workers=num_workers)
-
-
-@needs_fork
-def test_main_process_goes_on_to_get_its_signals():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    next(iter(shapes()))
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 def let_go_of_a_batch():
