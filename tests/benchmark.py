@@ -53,7 +53,6 @@ class Options:
 
 
 def load_split(options):
-    """The first of the training images."""
     split = load_source(options.dataset, options.data_dir).train
     return Split(*(array[: options.images] for array in split))
 
@@ -71,9 +70,6 @@ def rate(count, times):
     """Images per second: the median and its spread."""
     rates = sorted(count / time for time in times)
     return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
-
-
-# --- training, validation, the input pipeline ---
 
 
 @functools.cache  # made at the first call in the process of the plain loop
@@ -135,9 +131,6 @@ def throughput(options, plain):
     yield "loop overhead (time), images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
 
 
-# --- the start of a run, and its memory ---
-
-
 PYTHON = sys.orig_argv[: sys.orig_argv.index("-m")]  # and its wrapper, if this was started by one
 
 # train.py, left at the beginning of a step.
@@ -150,7 +143,7 @@ train.command_line.run(train.main)
 
 
 def run_python(code, *argv, watch=lambda pid: None):
-    """Run Python code in a process of its own, started as this one was; return its seconds."""
+    """Seconds that Python code takes in a process of its own, started as this one was."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
         command = [*PYTHON, "-c", code, *argv, "--run-dir", f"{folder}/run"]
@@ -189,9 +182,6 @@ def start_and_memory(options):
         peaks = [0.0]
         run_python(UNTIL_STEP.format(51), *argv, watch=lambda pid: peaks.append(proportional_memory(pid)))
         yield "memory, workers included", f"{max(peaks) / 1024:.2f} GiB", "", ""
-
-
-# --- several processes ---
 
 
 def shared_epochs(options):

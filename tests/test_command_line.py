@@ -50,15 +50,6 @@ def test_flags_set_fields_of_their_type():
     assert arguments.report
 
 
-def test_modes_take_what_may_differ_from_the_run():
-    elsewhere = ["--device", "cpu", "--precision", "float32", "--data-dir", "d"]
-    given = {"device": "cpu", "precision": "float32", "data_dir": "d"}
-    arguments = parse_args(["--resume", "runs/a/last.pt", "--epochs", "3", "--num-workers", "0", *elsewhere])
-    assert (arguments.resume, arguments.given) == ("runs/a", {"epochs": 3, "num_workers": 0, **given})
-    arguments = parse_args(["--evaluate", "a.pt", "--batch-size", "7", "--tta", "--no-report", *elsewhere])
-    assert (arguments.evaluate, arguments.given) == ("a.pt", {"batch_size": 7, **given})
-
-
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -84,9 +84,9 @@ def test_epoch_has_every_image_once_in_an_order_of_its_own():
 
 
 def noisy(dataset):
-    """The dataset with two more transforms, one that draws from numpy and one that holds others."""
-    more = [A.GaussNoise(p=0.5), A.OneOf([A.GaussNoise(p=1), A.RandomBrightnessContrast(p=1)], p=0.5)]
-    dataset.augmentation = RepeatableCompose([*dataset.augmentation.transforms, *more])
+    """The dataset with more transforms: that draw from numpy, that hold others."""
+    noise, others = A.GaussNoise(p=1), [A.ElasticTransform(p=1), A.ColorJitter(p=1), A.Solarize(p=1)]
+    dataset.augmentation = RepeatableCompose([*dataset.augmentation.transforms, A.SomeOf(others, n=2), noise])
     return dataset
 
 
@@ -100,10 +100,16 @@ def test_same_seed_same_epochs_with_any_number_and_kind_of_workers(num_workers, 
             assert torch.equal(mine, theirs)
 
 
-def test_augmentations_differ_between_images_epochs_workers_and_seeds():
+AUGMENTATIONS = [make_augmentation(replace(config, **ALWAYS), MEAN), RepeatableCompose([A.GaussNoise(p=1)])]
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS, ids=["ours", "of numpy's numbers"])
+def test_augmentations_differ_between_images_epochs_workers_and_seeds(augmentation):
     pictures = []
     for seed in (0, 1, 2**63 - 1):
-        loader = make_loader(copies(64, seed, **ALWAYS), 16, num_workers=2)
+        dataset = copies(64, seed)
+        dataset.augmentation = augmentation
+        loader = make_loader(dataset, 16, num_workers=2)
         pictures += [read(loader, epoch)[0] for epoch in (1, 11)]  # epoch 1, image 11 is not epoch 11, image 1
     assert len(torch.cat(pictures).flatten(1).unique(dim=0)) == 6 * 64
 

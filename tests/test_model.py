@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from model import Block, BlockSpec, Net, default_blocks, print_summary, receptive_fields
+from model import BlockSpec, Net, default_blocks, print_summary, receptive_fields
 from tests.conftest import ROOT, equal
 
 # The specification's table: type, shape, parameters.
@@ -108,15 +108,6 @@ OTHER_BLOCKS = (BlockSpec(3, 4, 1, last="strided"), BlockSpec(4, 6, 2, True, "di
 def test_receptive_field_agrees_with_gradients(blocks):
     computed = [fields[-1] for fields in receptive_fields(blocks)]
     assert computed == [measured_receptive_field(blocks, depth) for depth in range(1, len(blocks) + 1)]
-
-
-@pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("separable", [False, True])
-@pytest.mark.parametrize(("last", "size"), [("plain", 8), ("dilated", 8), ("strided", 4), ("unpadded", 6)])
-def test_block_shapes(layers, separable, last, size):
-    block = Block(3, 5, layers, separable, last)
-    assert block(torch.randn(2, 3, 8, 8)).shape == (2, 5, size, size)
-    assert sum(isinstance(layer, torch.nn.Conv2d) for layer in block) == layers + separable
 
 
 def test_net_follows_its_arguments():
