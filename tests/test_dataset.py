@@ -187,16 +187,14 @@ def test_validation_is_on_the_test_images_unless_some_are_held_out():
     train, valid, test = load_datasets(replace(config, dataset="shapes"))
     assert len(train) == 1200
     assert torch.equal(valid.images, test.images)
-    train, valid, test = load_datasets(replace(config, dataset="shapes", valid_split=0.1))
-    assert [len(part) for part in (train, valid, test)] == [1080, 120, 300]
-    assert len(torch.cat([train.images, valid.images]).flatten(1).unique(dim=0)) == 1200
 
 
 def test_all_parts_are_normalized_alike_and_only_the_training_images_are_augmented():
     train, valid, test = load_datasets(replace(config, dataset="shapes", valid_split=0.1, **ALWAYS))
-    for part, augmented in ((train, True), (valid, False), (test, False)):
+    assert len(torch.cat([train.images, valid.images]).flatten(1).unique(dim=0)) == 1200
+    for part, count, augmented in ((train, 1080, True), (valid, 120, False), (test, 300, False)):
+        assert (len(part), part.class_names) == (count, list(SHAPES))
         assert (part.mean, part.std) == channel_statistics(train.images.numpy())
-        assert part.class_names == list(SHAPES)
         first, second = (read(make_loader(part, 64), epoch) for epoch in (1, 2))
         assert torch.equal(first[1], part.labels)
         assert torch.equal(first[0], second[0]) != augmented

@@ -69,15 +69,12 @@ def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, process
 
 def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        make_deterministic(True)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.backends.cudnn.benchmark
-        assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    finally:
-        make_deterministic(False)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+    for deterministic in (True, False):
+        make_deterministic(deterministic)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert torch.backends.cudnn.benchmark != deterministic
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+    assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 
 def test_random_numbers_follow_from_seed_epoch_and_rank():
