@@ -70,10 +70,7 @@ def copy_of_finished(finished, tmp_path) -> Path:
 
 @pytest.fixture
 def cli(monkeypatch, tmp_path):
-    """Return a function that does what `python train.py ARGUMENTS` does, in this process and an empty folder.
-
-    It returns the exit code. A process of its own, by `start`, takes five seconds more.
-    """
+    """Return a function that does what `python train.py ARGUMENTS` does, here in an empty folder: its exit code."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
 

@@ -18,8 +18,6 @@ BATCH_SIZE = 128
 
 
 class PlainImages(Dataset):
-    """Images as most tutorials read them: one by one, through PIL, each through its whole pipeline."""
-
     def __init__(self, split, mean, std, training):
         self.images, self.labels = split
         spec = {"p": 0.3} if training else {"p": 0.0}
@@ -41,28 +39,20 @@ class PlainImages(Dataset):
         return self.transform(image=image)["image"], int(self.labels[index])
 
 
-def plain_train(net, loader, optimizer, device):
-    net.train()
+def plain_epoch(net, loader, device, optimizer=None):
+    """Train, or validate without an optimizer."""
+    net.train(optimizer is not None)
     loss_sum = correct = 0.0
-    for images, labels in loader:
-        images, labels = images.to(device), labels.to(device)
-        optimizer.zero_grad()
-        log_probs = net(images)
-        loss = F.nll_loss(log_probs, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        correct += log_probs.argmax(dim=1).eq(labels).sum().item()
-
-
-def plain_validate(net, loader, device):
-    net.eval()
-    loss_sum = correct = 0.0
-    with torch.no_grad():
+    with torch.set_grad_enabled(optimizer is not None):
         for images, labels in loader:
             images, labels = images.to(device), labels.to(device)
             log_probs = net(images)
-            loss_sum += F.nll_loss(log_probs, labels, reduction="sum").item()
+            loss = F.nll_loss(log_probs, labels)
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            loss_sum += loss.item()
             correct += log_probs.argmax(dim=1).eq(labels).sum().item()
 
 
@@ -82,7 +72,7 @@ def plain_functions(split, device):
     net = Net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     return {
-        "training": lambda: plain_train(net, loader, optimizer, device),
-        "validation": lambda: plain_validate(net, test_loader, device),
+        "training": lambda: plain_epoch(net, loader, device, optimizer),
+        "validation": lambda: plain_epoch(net, test_loader, device),
         "input pipeline": lambda: one_epoch(pipeline),
     }

@@ -78,6 +78,7 @@ def test_flags_set_fields_of_their_type():
         ("--evaluate nowhere.pt", "checkpoint nowhere.pt cannot be read (No such file or directory)"),
         ("--predict nowhere.png", "nowhere.png cannot be read as an image (No such file or directory)"),
         ("--resume nowhere", "nowhere holds no run"),
+        ("--dataset shapes --run-dir /dev/null/run", "run_dir /dev/null/run cannot be written (Not a directory)"),
     ],
 )
 def test_wrong_command_line_is_one_line_with_a_way_out(cli, refusal, tmp_path, line, words):
@@ -142,54 +143,42 @@ def test_signal_before_anything_is_written(cli, monkeypatch, refusal):
 # --- an end before time, of a real run ---
 
 
-@pytest.fixture
-def at_step_8(monkeypatch):
-    """Return a function that arranges for an action in the second epoch: the network calls it with its output."""
-
-    def arrange(action):
-        class Fateful(Net):
-            step = 0
-
-            def forward(self, x):
-                self.step += self.training
-                log_probs = super().forward(x)
-                return action(log_probs) if self.training and self.step == 8 else log_probs
-
-        monkeypatch.setattr(train, "Net", functools.partial(Fateful, base_channels=2))
-
-    return arrange
+CONTINUE = "epoch 1 is saved; to continue: python train.py --resume run"
 
 
-CONTINUE = "epoch 1 is saved; to continue: python train.py --resume run\n"
+@pytest.mark.parametrize(
+    ("mishap", "workers", "told"),
+    [
+        # A continued run would come to the same loss.
+        (lambda log_probs: log_probs * math.inf, 0, "Epoch 2/2 - Training: the loss is inf at .+; epoch 1 is saved"),
+        (lambda log_probs: torch.empty(2**60), 0, f"out of memory; a new run needs a smaller --batch-size; {CONTINUE}"),
+        (
+            lambda log_probs: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL) or log_probs,
+            2,
+            rf"a process that augments images died \(.+\); {CONTINUE}",
+        ),
+    ],
+    ids=["loss", "memory", "worker"],
+)
+def test_mishap_in_the_second_epoch_keeps_the_first(cli, tiny, monkeypatch, refusal, mishap, workers, told):
+    class Fateful(Net):
+        step = 0
 
+        def forward(self, x):
+            self.step += self.training
+            log_probs = super().forward(x)
+            return mishap(log_probs) if self.training and self.step == 8 else log_probs
 
-def test_loss_that_is_not_finite_keeps_what_was_saved(cli, tiny, at_step_8, refusal):
-    at_step_8(lambda log_probs: log_probs * math.inf)
-    assert cli(*flags(tiny, run_dir="run"), "--no-report") == 1
-    message = refusal()
-    assert "Epoch 2/2 - Training: the loss is inf at step 3; a new run needs a lower --learning-rate" in message
-    assert message.endswith("; epoch 1 is saved\n")  # continuing would come to the same loss
+    monkeypatch.setattr(train, "Net", functools.partial(Fateful, base_channels=2))
+    assert cli(*flags(tiny, num_workers=workers, run_dir="run"), "--no-report") == 1
+    assert re.fullmatch(f"train.py: stopped: {told}\n", refusal())
     assert load_checkpoint("run/last.pt")["epoch"] == 1
-
-
-def test_out_of_memory(cli, tiny, at_step_8, refusal):
-    at_step_8(lambda log_probs: torch.empty(2**60))
-    assert cli(*flags(tiny, run_dir="run"), "--no-report") == 1
-    assert refusal() == f"train.py: stopped: out of memory; a new run needs a smaller --batch-size; {CONTINUE}"
-
-
-def test_worker_killed(cli, tiny, at_step_8, refusal):
-    at_step_8(lambda log_probs: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL) or log_probs)
-    assert cli(*flags(tiny, num_workers=2, run_dir="run"), "--no-report") == 1
-    message = refusal()
-    assert message.startswith("train.py: stopped: a process that augments images died (")
-    assert message.endswith(f"); {CONTINUE}")
 
 
 def test_full_disk(cli, tiny, narrow, before, refusal):
     before("last.pt", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")), nth=2)
     assert cli(*flags(tiny, run_dir="run"), "--no-report") == 1
-    assert refusal() == f"train.py: stopped: run/last.pt cannot be written (No space left on device); {CONTINUE}"
+    assert refusal() == f"train.py: stopped: run/last.pt cannot be written (No space left on device); {CONTINUE}\n"
     assert not list(Path("run").glob("*.tmp"))
     assert cli("--resume", "run", "--no-report") == 0
 

@@ -234,9 +234,6 @@ def test_last_batch_with_fewer_images_than_processes_is_validated_and_not_traine
     assert steps(shuffle=False) == [[2, 2, 1], [2, 2]]
 
 
-# --- the import ---
-
-
 def test_import_asks_no_server_and_prints_nothing():
     code = (
         "import socket; socket.socket.connect = socket.getaddrinfo = None\n"

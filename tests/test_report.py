@@ -216,9 +216,6 @@ def test_network_without_an_image_inside_explains_nothing():
     assert not report.explain(net, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).any()
 
 
-# --- augmentations ---
-
-
 def test_augmentations_are_those_of_the_training():
     images = shapes(augmentation=make_augmentation(config, MEAN))
     row = [picture for (picture,) in pictures_in(report.plot_augmentations(images, count=2))[10:]]

@@ -210,12 +210,6 @@ def test_second_run_in_the_same_folder_is_refused(cli, copy_of_finished, refusal
     assert cli("--resume", copy_of_finished, "--no-report") == 0
 
 
-def test_folder_that_cannot_be_written_is_refused(cli, tiny, refusal):
-    Path("file").touch()
-    assert cli(*flags(tiny, run_dir="file/run")) == 2
-    assert "run_dir file/run cannot be written (Not a directory)" in refusal()
-
-
 # --- the checkpoint that counts ---
 
 

@@ -6,6 +6,7 @@ import tarfile
 import urllib.error
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -34,10 +35,7 @@ def test_shapes_are_the_same_pictures_on_every_machine():
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=urllib.error.URLError("no network")))
 
 
 def write_pickle(folder, name, content):

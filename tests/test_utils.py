@@ -86,9 +86,6 @@ def test_random_numbers_follow_from_seed_epoch_and_rank():
     assert len(set(numbers)) == 5
 
 
-# --- the bar ---
-
-
 def test_bar_has_the_specifications_form(monkeypatch):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)

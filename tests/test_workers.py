@@ -1,4 +1,5 @@
 import multiprocessing
+import resource
 import socket
 import time
 from multiprocessing.resource_sharer import DupFd
@@ -11,8 +12,6 @@ from dataset import ImageDataset, make_loader
 from extras.sources import SHAPES, draw_shapes
 from extras.transforms import RepeatableCompose
 from extras.workers import start_worker
-
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="Windows cannot fork")
 
 
 def shapes(augmentation=None, num_workers=1):
@@ -28,7 +27,6 @@ def let_go_of_a_batch():
     time.sleep(0.5)
 
 
-@needs_fork
 def test_worker_says_nothing_when_the_main_process_lets_go_of_a_batch(capfd):
     worker = multiprocessing.get_context("fork").Process(target=let_go_of_a_batch)
     worker.start()
@@ -38,13 +36,10 @@ def test_worker_says_nothing_when_the_main_process_lets_go_of_a_batch(capfd):
 
 def leave_no_room(image, **kwargs):
     """Let this worker find no more shared memory."""
-    import resource  # Windows has none
-
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     return image
 
 
-@needs_fork
 def test_batch_that_cannot_be_handed_over_is_an_error_and_not_waited_for():
     loader = shapes(RepeatableCompose([A.Lambda(image=leave_no_room, p=1)]))
     loader.multiprocessing_context, loader.timeout = "fork", 6

@@ -20,15 +20,10 @@ EVENT = {"write": "open", "replace": "os.rename", "import": "import"}.get(what)
 
 def watch(event, args):
     """Python tells this function of each file that is opened or renamed, and of each module."""
-    if event != EVENT:
-        return
-    if what == "import":
-        now = args[0] == name
-    else:
-        path = str(args[1] if what == "replace" else args[0])
-        now = os.path.basename(path).startswith(name) and (what == "replace" or path.endswith(".tmp"))
-    if now:
-        os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_OF", "SIGKILL")])
+    if event == EVENT:
+        found = os.path.basename(str(args[1] if what == "replace" else args[0]))
+        if found.startswith(name) and found.endswith(".tmp" if what == "write" else name):
+            os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_OF", "SIGKILL")])
 
 
 if what and os.environ.get("RANK") == os.environ.get("DIE_IN_RANK"):
