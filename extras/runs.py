@@ -106,9 +106,9 @@ class Run:
         self._follow_last(checkpoint)
         if self.report and time.monotonic() - self.drawn > 5:  # on a GPU an epoch is faster than its picture
             with only_warn("the curves"):
-                from extras.report import save_curves  # here: matplotlib is slow to import
+                from extras.report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
 
-                save_curves(rows, self.folder)
+                save_figure(plot_curves(rows), self.folder / CURVES)
             self.drawn = time.monotonic()
 
     def _compare(self, checkpoint: dict) -> None:
