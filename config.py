@@ -40,6 +40,7 @@ class Config:
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 
+# The error of a frozen dataclass does not say what to do instead.
 def _refuse_change(config: Config, name: str, value: object) -> None:
     raise FrozenInstanceError(f"a Config cannot be changed: dataclasses.replace(config, {name}={value!r}) gives a copy")
 
@@ -68,6 +69,7 @@ RANGES = {
     "dropout": (0, 0.9),
     "seed": (0, 2**63 - 1),
 }
+# What the program cannot do without, beside those. Who leaves a field out of Config can take it from here too.
 NEEDED = {"dataset", "data_dir", "optimizer", "schedule", "nesterov", "device", "precision", "compile", "deterministic"}
 
 

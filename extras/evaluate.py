@@ -12,7 +12,7 @@ from extras.failures import only_warn
 from extras.predict import average_views, compute_log_probs, load_network
 from extras.runs import best_row, checkpoint_that_counts, read_config
 from extras.sources import load_source
-from utils import DTYPES, choose_device, choose_precision
+from utils import DTYPES, choose_device, choose_precision, numerics
 
 
 def print_accuracy(title: str, log_probs: torch.Tensor, dataset: ImageDataset) -> None:
@@ -48,11 +48,12 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     common = {name: checkpoint[name] for name in ("class_names", "mean", "std")}
     test = ImageDataset(*source.test, **common)
     loader = make_loader(test, config.batch_size)
-    log_probs = compute_log_probs(net.to(device), loader, dtype, description="Test")
-    print_accuracy("Test", log_probs, test)
-    if tta:
-        mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
-        print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
+    with numerics(config.deterministic):
+        log_probs = compute_log_probs(net.to(device), loader, dtype, description="Test")
+        print_accuracy("Test", log_probs, test)
+        if tta:
+            mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
+            print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
     if report:
         augmentation = make_augmentation(config, checkpoint["mean"])
         train = ImageDataset(*source.train, **common, augmentation=augmentation, seed=config.seed)

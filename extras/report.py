@@ -66,7 +66,7 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 
 @names_as_they_are
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
-    """Return the confusion matrix (true, predicted), its colours the percentage of a row, with each class's accuracy."""
+    """Return the confusion matrix (true, predicted) with each class's accuracy; a colour is the part of its row."""
     count, few = len(class_names), len(class_names) <= 30  # then a number has room in each cell
     rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side, font = (max(4.5, 0.55 * count), 9) if few else (0.16 * count, 6)

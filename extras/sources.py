@@ -43,14 +43,7 @@ def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Sou
         return load_shapes()
     if name == "folder":
         return load_folder(Path(data_dir), test_only)
-    source = load_cifar(name, Path(data_dir))
-    for images, labels in (source.train, source.test):
-        if images.shape != (len(labels), 32, 32, 3) or not 0 <= labels.min() <= labels.max() < len(source.class_names):
-            raise UsageError(f"{name} in {data_dir} is not what it should be: delete it")
-    return source
-
-
-# --- CIFAR-10 and CIFAR-100 -------------------------------------------------------------------------
+    return load_cifar(name, Path(data_dir))
 
 
 def load_cifar(name: str, data_dir: Path) -> Source:
@@ -77,9 +70,6 @@ def load_cifar(name: str, data_dir: Path) -> Source:
         Split(np.ascontiguousarray(test.data), np.array(test.targets, dtype=np.int64)),
         tuple(train.classes),
     )
-
-
-# --- a folder of images -----------------------------------------------------------------------------
 
 
 def load_folder(data_dir: Path, test_only: bool = False) -> Source:
@@ -154,9 +144,6 @@ def resize_image(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB").resize((32, 32)))
-
-
-# --- shapes -----------------------------------------------------------------------------------------
 
 
 # Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.

@@ -17,9 +17,9 @@ from utils import (
     choose_device,
     choose_precision,
     choose_workers,
-    describe_device,
+    device_name,
     load_checkpoint,
-    make_deterministic,
+    numerics,
     save_checkpoint,
     seed_torch,
     with_progress,
@@ -47,7 +47,7 @@ def test_device_that_cannot_be_used_is_refused_with_the_way_out(name):
 
 
 def test_cpu_is_described_with_its_threads():
-    assert describe_device(CPU) == f"cpu ({torch.get_num_threads()} threads)"
+    assert device_name(CPU) == f"cpu ({torch.get_num_threads()} threads)"
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,10 @@ def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, process
 
 def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    try:
-        make_deterministic(True)
+    with numerics(deterministic=True):
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cudnn.benchmark
         assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
-    finally:
-        make_deterministic(False)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
 
@@ -112,7 +109,7 @@ def test_meter_averages_over_images():
     log_probs = torch.zeros(4, 10).index_fill_(1, torch.tensor([7]), 1.0)  # all are taken for class 7
     meter.update(torch.tensor(1.0), log_probs, torch.tensor([7, 7, 7, 0]))
     meter.update(torch.tensor(3.0), log_probs[:1], torch.tensor([0]))
-    assert meter.result() == meter.total() == {"loss": (4 * 1 + 1 * 3) / 5, "accuracy": 60.0}
+    assert meter.local_average() == meter.average() == {"loss": (4 * 1 + 1 * 3) / 5, "accuracy": 60.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -121,7 +118,7 @@ def test_meter_finds_the_first_loss_that_is_not_finite(bad):
     for loss in (1.0, bad, float("nan")):
         meter.update(torch.tensor(loss), torch.zeros(4, 10), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(RunStopped, match=rf"Epoch 3/9 - Training: the loss is {bad} at step 2; .+ --learning-rate"):
-        meter.result()
+        meter.local_average()
 
 
 class Terminal(io.StringIO):

@@ -3,12 +3,16 @@ import signal
 import socket
 import time
 import warnings
+from dataclasses import replace
 from multiprocessing.resource_sharer import DupFd
 
 import albumentations as A
 import numpy as np
 import pytest
+import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+import train
 from dataset import ImageDataset, make_loader
 from extras.sources import SHAPES, draw_shapes
 from extras.transforms import RepeatableCompose
@@ -67,3 +71,15 @@ def test_more_workers_than_cores_are_nobodys_mistake():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         shapes(num_workers=200)
+
+
+def test_interrupted_run_leaves_no_worker_and_no_setting_in_a_notebook(tiny, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", interrupt)  # while it waits for a batch
+    with pytest.raises(KeyboardInterrupt) as kept:  # a traceback that is kept keeps the loader
+        train.main(replace(tiny, run_dir=str(tmp_path / "run"), num_workers=1, deterministic=True))
+    assert kept.tb
+    assert not multiprocessing.active_children()
+    assert not torch.are_deterministic_algorithms_enabled()
