@@ -28,10 +28,11 @@ from utils import load_checkpoint
 PICTURES = {  # of report.md, with their titles
     "curves.png": "Curves",
     "confusion_matrix.png": "Confusion matrix",
+    "predictions.png": "Predictions",
     "misclassified.png": "Most confident mistakes",
     "augmentations.png": "Augmentations",
 }
-CURVES, CONFUSION, MISTAKES, AUGMENTATIONS = PICTURES
+CURVES, CONFUSION, PREDICTIONS, MISTAKES, AUGMENTATIONS = PICTURES
 PAGE = "report.md"
 
 names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be called "Ba$$in"
@@ -110,35 +111,42 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 @names_as_they_are
-def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
-    """Return the 20 most confident mistakes among the test images, each beside what spoke for it.
+def plot_predictions(
+    net: nn.Module, test: ImageDataset, log_probs: torch.Tensor, chosen: Sequence[int], title: str
+) -> Figure:
+    """Return the chosen test images with what the network says of them, each beside what spoke for that.
 
     log_probs: (N, num_classes) of the test images.
     """
     names, (confidence, predictions) = [short(name) for name in test.class_names], log_probs.exp().max(dim=1)
-    wrong = (predictions != test.labels).nonzero()[:, 0]
-    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
     rows = math.ceil(len(chosen) / 5) or 1
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
-    figure.suptitle(
-        f"Mistakes: {len(wrong):,} in {len(test):,} images; the most confident first, "
-        "each beside what spoke for it (Grad-CAM)"
-    )
+    figure.suptitle(f"{title}, each beside what spoke for the answer (Grad-CAM)")
     grid = figure.subplots(rows, 10, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     if len(chosen):
         device = next(net.parameters()).device
-        images = torch.stack([test[index][0] for index in chosen.tolist()])
+        images = torch.stack([test[index][0] for index in chosen])
         maps = explain(net, images.to(device), predictions[chosen].to(device)).cpu()
-    for number, index in enumerate(chosen.tolist()):
+    for number, index in enumerate(chosen):
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
         left.imshow(test.images[index].numpy())
         right.imshow(test.images[index].numpy())
         right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        title = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
-        left.set_title(title, fontsize=9, loc="left")
+        said = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
+        color = "black" if predictions[index] == test.labels[index] else "firebrick"
+        left.set_title(said, fontsize=9, loc="left", color=color)
     return figure
+
+
+def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
+    """Return the 20 most confident mistakes among the test images, as `plot_predictions` shows them."""
+    confidence, predictions = log_probs.exp().max(dim=1)
+    wrong = (predictions != test.labels).nonzero()[:, 0]
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20].tolist()
+    title = f"Mistakes: {len(wrong):,} in {len(test):,} images; the most confident first"
+    return plot_predictions(net, test, log_probs, chosen, title)
 
 
 @names_as_they_are
@@ -188,6 +196,9 @@ def write_report(
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
     save_figure(plot_curves(rows), folder / CURVES)
     save_figure(plot_confusions(counts, test.class_names), folder / CONFUSION)
+    first = range(min(20, len(test)))
+    figure = plot_predictions(net, test, log_probs, first, f"The first {len(first)} test images")
+    save_figure(figure, folder / PREDICTIONS)
     save_figure(plot_mistakes(net, test, log_probs), folder / MISTAKES)
     save_figure(plot_augmentations(train), folder / AUGMENTATIONS)
     loss = F.nll_loss(log_probs.double(), test.labels).item()

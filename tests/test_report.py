@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
@@ -18,7 +19,7 @@ from model import Net
 from tests.conftest import flags
 from utils import load_checkpoint, save_checkpoint
 
-PICTURES = {"curves.png", "confusion_matrix.png", "misclassified.png", "augmentations.png"}
+PICTURES = {"curves.png", "confusion_matrix.png", "predictions.png", "misclassified.png", "augmentations.png"}
 NAMES = [f"class {number}" for number in range(10)]
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
@@ -188,6 +189,14 @@ def test_mistakes_are_the_most_confident_first_and_the_prediction_is_explained(t
         assert np.array_equal(alone, images[number])
         assert np.array_equal(below, images[number])
         np.testing.assert_allclose(above, maps[number], atol=1e-5)
+
+
+def test_right_and_wrong_answers_look_different(test_images):
+    log_probs = torch.eye(10)[[0, 1, 9]].repeat(10, 1).log_softmax(dim=1)  # labels are 0, 1, 2, ...
+    figure = report.plot_predictions(Net(), test_images, log_probs, range(3), "Three images")
+    shown = [text for text in figure.findobj(Text) if "true" in text.get_text()]
+    assert [title.get_text() for title in shown] == [f"class {k} 23 %\ntrue: class {min(k, 2)}" for k in (0, 1, 9)]
+    assert [title.get_color() for title in shown] == ["black", "black", "firebrick"]
 
 
 def test_no_mistake_is_a_picture_too(test_images, tmp_path):
