@@ -24,11 +24,11 @@ from extras.runs import open_run, refuse_second_use
 from extras.speed import compile_in_place
 from extras.workers import workers_of
 from model import Net, print_summary
-from utils import DTYPES, Meter, device_name, numerics, resolve, seed_torch, with_progress
+from utils import DTYPES, Meter, device_name, forward, numerics, resolve, seed_torch, with_progress
 
 
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Return [SGD], or [Muon, SGD] if config.optimizer is "muon".
+    """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
     Muon moves the weights of the convolutions that mix channels, but for the last, the classifier; SGD the rest, at
     ten times the learning rate. A step shrinks convolution weights by learning_rate * weight_decay, whoever moves
@@ -36,7 +36,7 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if config.optimizer == "muon" else []
-    rest = [p for p in net.parameters() if not any(p is weight for weight in mixing)]  # `in` would compare values
+    rest = [p for p in net.parameters() if p not in set(mixing)]
     ratio = 10 if mixing else 1
     # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.
     weight_decay = config.weight_decay * (1 - config.momentum) / ratio
@@ -90,10 +90,9 @@ def train_step(
     scaler: what float16 needs. Return (mean loss, without smoothing, and log_probs (N, num_classes)).
     """
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        log_probs = net(images).float()
+    log_probs = forward(net, images, dtype)
     loss = F.nll_loss(log_probs, labels)
-    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)
+    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)  # as F.cross_entropy does with logits
     net.zero_grad()
     scaler.scale(smoothed).backward()
     if dist.is_initialized():
@@ -145,8 +144,7 @@ def validate(
     net.eval()
     meter = Meter(description, len(loader), next(net.parameters()).device)
     for images, labels in with_progress(loader, meter):
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            log_probs = net(images).float()
+        log_probs = forward(net, images, dtype)
         meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
     return meter.average()
 
@@ -156,14 +154,15 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
     print(f"\nEpoch {epoch}/{config.epochs} Summary:")
     print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
     print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
-    parts = {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
-    return {"epoch": epoch, "learning_rate": factor * config.learning_rate, **parts}
+    row = {"epoch": epoch, "learning_rate": factor * config.learning_rate}
+    row |= {"train_loss": train["loss"], "train_accuracy": train["accuracy"]}
+    return row | {"valid_loss": valid["loss"], "valid_accuracy": valid["accuracy"]}
 
 
 def main(config: Config, resume: bool = False, report: bool = True) -> None:
     """Train as the config says; leave the results in config.run_dir, or continue the run that is there.
 
-    report: whether pictures are drawn: the curves after each epoch, the others at the end.
+    report: whether pictures are drawn: the curves as the run goes on, the others at its end.
     """
     check(config)
     config = resolve(config)
@@ -178,7 +177,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     part = {"rank": rank, "world_size": world_size}  # of each batch
     data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
     loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **part)
-    valid_loader = make_loader(data.valid, config.batch_size, **part)
+    valid_loader = make_loader(data.valid, config.batch_size, **part)  # not augmented: workers would gain nothing
 
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
     net.to(device, memory_format=torch.channels_last)

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -121,6 +122,12 @@ def numerics(deterministic: bool) -> Iterator[None]:
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
     """Set torch's generators for this epoch and process, so that they never have to be saved to continue a run."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
+
+
+def forward(net: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the network's log-probabilities of the images as float32, its layers computed in dtype."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return net(images).float()
 
 
 class Meter:

@@ -15,7 +15,7 @@ import simple_parsing
 from torch import distributed as dist
 
 from config import Config, UsageError, check, config
-from extras.distributed import first_to_fail, launcher, process_group
+from extras.distributed import first_to_fail, launcher, of_first_process, process_group
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
@@ -142,9 +142,10 @@ def run(main: Callable[..., None]) -> None:
     try:
         arguments = parse_args()
         run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
-        config = replace(arguments.config, run_dir=run_dir)
-        with process_group(config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
-            return carry_out(arguments, config, main)
+        with process_group(arguments.config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
+            if dist.is_initialized():
+                run_dir = of_first_process(run_dir)  # the others may have read the clock a second later
+            return carry_out(arguments, replace(arguments.config, run_dir=run_dir), main)
     except SystemExit:
         raise
     except BaseException as error:
@@ -184,8 +185,9 @@ def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -
     else:
         path = arguments.evaluate
         if Path(path).is_dir():  # a run's folder
-            path = checkpoint_that_counts(path, resumed_config(path, {}).valid_split)
+            path = checkpoint_that_counts(path)
         if arguments.predict:
             print_predictions(path, arguments.predict)
         else:
-            evaluate(path, {"device": config.device} | arguments.given, arguments.report, arguments.tta)
+            here = {"device": config.device, "precision": config.precision}
+            evaluate(path, here | arguments.given, arguments.report, arguments.tta)

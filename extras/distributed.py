@@ -62,6 +62,13 @@ def first_to_fail() -> bool:
     return first
 
 
+def of_first_process(value: str) -> str:
+    """Return the value that rank 0 gives."""
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
 def first_rank_first(function: Callable, *args):
     """Return function(*args), called by rank 0 first, then by the first process of every other machine, then the rest.
 

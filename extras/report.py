@@ -152,12 +152,13 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
 @names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
-    labels = train.labels.numpy()
+    labels, before = train.labels.numpy(), train.epoch.item()
     indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
     columns = [train.images.numpy()[indices]]
     for epoch in range(1, 10):
         train.set_epoch(epoch)
         columns.append(train.augment(indices))
+    train.set_epoch(before)
     figure = Figure(figsize=(12, 1.2 * len(indices) + 0.8), layout="constrained")
     figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
     grid = figure.subplots(len(indices), 10, squeeze=False)

@@ -76,8 +76,7 @@ class Run:
                 self._follow_last(checkpoint)
         if self.rank == 0:
             write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
-            split = self.config.valid_split
-            if rows and split > 0 and checkpoint_that_counts(self.folder, split).name != BEST:
+            if rows and self.config.valid_split > 0 and checkpoint_that_counts(self.folder).name != BEST:
                 warn(f"{BEST} is gone or damaged: unless a coming epoch is better, the last one's network is tested")
         return rows
 
@@ -153,13 +152,14 @@ def best_row(rows: Sequence[dict]) -> dict:
     return max(rows, key=lambda row: row["valid_accuracy"])
 
 
-def checkpoint_that_counts(run_dir: str | Path, valid_split: float) -> Path:
+def checkpoint_that_counts(run_dir: str | Path) -> Path:
     """Return a run's checkpoint to test: best.pt if held-out images chose it and it can be read, else last.pt."""
-    if valid_split > 0:
+    last, best = Path(run_dir, LAST), Path(run_dir, BEST)
+    if load_checkpoint(last)["config"]["valid_split"] > 0:
         with contextlib.suppress(UsageError):
-            load_checkpoint(Path(run_dir, BEST))
-            return Path(run_dir, BEST)
-    return Path(run_dir, LAST)
+            load_checkpoint(best)
+            return best
+    return last
 
 
 def read_config(settings: dict, where: str | Path) -> Config:

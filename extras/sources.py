@@ -37,7 +37,7 @@ class Source(NamedTuple):
 def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
     """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be had.
 
-    test_only: the images to train on need not be there; a folder's are left out then.
+    test_only: the images to train on need not be there; of a folder, those to test on stand in for them.
     """
     if name == "shapes":
         return load_shapes()
@@ -85,7 +85,7 @@ def load_folder(data_dir: Path, test_only: bool = False) -> Source:
             has, lacks = ("test", "train") if name in names else ("train", "test")
             raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
     test = _read_classes(data_dir / "test", names)
-    return Source(Split(*test) if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
+    return Source(test if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
 
 
 def _visible(folder: Path) -> list[str]:
@@ -127,11 +127,11 @@ def read_image(path: str | Path) -> np.ndarray:
 def resize_image(image: Image.Image) -> np.ndarray:
     """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
 
-    What is transparent is white, as in a viewer. Raises ValueError for pixels of no fixed range (modes "I" and "F").
+    What is transparent is white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
+        raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and max(transparent) > 255:  # of a 16-bit colour image, read as 8 bits
         image.info["transparency"] = tuple(value >> 8 for value in transparent)

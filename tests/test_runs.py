@@ -223,10 +223,13 @@ def test_best_epoch_is_the_first_of_equals():
 
 
 def test_best_counts_if_held_out_images_chose_it_and_it_is_whole(copy_of_finished):
-    assert checkpoint_that_counts(copy_of_finished, valid_split=0.0).name == "last.pt"
-    assert checkpoint_that_counts(copy_of_finished, valid_split=0.1).name == "best.pt"
+    assert checkpoint_that_counts(copy_of_finished).name == "last.pt"
+    last = load_checkpoint(copy_of_finished / "last.pt")
+    last["config"]["valid_split"] = 0.1
+    save_checkpoint(copy_of_finished / "last.pt", last)
+    assert checkpoint_that_counts(copy_of_finished).name == "best.pt"
     (copy_of_finished / "best.pt").write_bytes(b"PK")
-    assert checkpoint_that_counts(copy_of_finished, valid_split=0.1).name == "last.pt"
+    assert checkpoint_that_counts(copy_of_finished).name == "last.pt"
 
 
 def test_continued_run_says_that_its_best_checkpoint_is_gone(cli, tiny, narrow, capsys):
