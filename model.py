@@ -3,6 +3,7 @@
 ``python model.py`` prints the receptive field and the layers.
 """
 
+import copy
 import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -29,7 +30,7 @@ class BlockSpec(NamedTuple):
     last: Literal["plain", "dilated", "strided", "unpadded"] = "plain"
 
 
-BASE_CHANNELS = 16  # of the first block; every other channel count is a multiple
+BASE_CHANNELS = 16  # of the default table's first block
 
 
 def default_blocks(base_channels: int = BASE_CHANNELS) -> tuple[BlockSpec, ...]:
@@ -127,8 +128,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1])
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
-        # A hook, for in `forward` the check would keep torch.fx from tracing.
-        self.register_forward_pre_hook(check_images, with_kwargs=True)
+        self.register_forward_pre_hook(check_images, with_kwargs=True)  # in `forward` it would end torch.fx's tracing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -162,8 +162,7 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
         before, channels = image_size, spec.out_channels
         conv = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
-        span = conv["dilation"] * (conv["kernel_size"] - 1)
-        image_size = (before + 2 * conv["padding"] - span - 1) // conv["stride"] + 1
+        image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1  # a 3x3
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
         if image_size == 1 and spec.last != "unpadded":
@@ -204,8 +203,6 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
 
 def print_summary(net: Net) -> None:
     """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
-    import copy
-
     import torchsummary
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".

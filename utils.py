@@ -64,8 +64,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 def choose_workers(num_workers: int, device: torch.device) -> int:
     """Return how many processes augment; -1 finds out what pays off.
 
-    On the CPU they take from the training what they give: none on two cores, one on more. Beside an
-    accelerator the cores are free: up to eight. Training processes on one machine divide its cores.
+    On the CPU they take from the training what they give: none on two cores, one on more. Beside an accelerator the
+    cores are free: up to eight. Training processes on one machine divide its cores.
     """
     if num_workers >= 0:
         return num_workers
@@ -168,9 +168,9 @@ class Meter:
 def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
-    Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss
-    that is not finite is found early. The average is that of this process alone: when it is looked at
-    depends on the clock, so nobody may have to wait for it.
+    Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss that is not
+    finite is found early. The average is that of this process alone: when it is looked at depends on the clock, so
+    nobody may have to wait for it.
     """
     device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied
@@ -192,8 +192,8 @@ FORMAT = "s8erav3-2"
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
 
-    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain
-    torch.load reads these files too.
+    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain torch.load
+    reads these files too.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
