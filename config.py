@@ -40,6 +40,7 @@ class Config:
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 
+# The error of a frozen dataclass does not say what to do instead.
 def _refuse_change(config: Config, name: str, value: object) -> None:
     raise FrozenInstanceError(f"a Config cannot be changed: dataclasses.replace(config, {name}={value!r}) gives a copy")
 
@@ -68,7 +69,9 @@ RANGES = {
     "dropout": (0, 0.9),
     "seed": (0, 2**63 - 1),
 }
-NEEDED = {"dataset", "data_dir", "optimizer", "schedule", "nesterov", "device", "precision", "compile", "deterministic"}
+# The other fields that the program reads.
+OTHERS = {"dataset", "data_dir", "optimizer", "schedule", "nesterov"}
+OTHERS |= {"device", "precision", "compile", "deterministic", "run_dir"}
 
 
 class UsageError(ValueError):
@@ -89,8 +92,8 @@ class RunStopped(Exception):
 def check(config: Config) -> None:
     """Raise UsageError, naming the field, the value and what is allowed, for the first field that is wrong."""
     kinds = get_type_hints(Config)
-    for name in sorted((NEEDED | RANGES.keys()) - kinds.keys()):
-        raise UsageError(f"the field {name} is missing, and the program needs it")
+    if missing := sorted((OTHERS | RANGES.keys()) - kinds.keys()):
+        raise UsageError(f"the field {missing[0]} is missing: if nothing reads it, take it out of RANGES or OTHERS too")
     for name, kind in kinds.items():
         value = getattr(config, name)
         if get_origin(kind) is Literal:

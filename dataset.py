@@ -71,27 +71,17 @@ class ImageDataset(Dataset):
 def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompose:
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
-    Add any transform that keeps the image (32, 32, 3) uint8. ShiftScaleRotate rounds a shift to whole pixels.
+    Add any transform of albumentations that keeps the image (32, 32, 3) uint8. Shifts are rounded to whole pixels.
     The hole: DeVries & Taylor 2017, arXiv:1708.04552.
     """
+    mean_color = tuple(round(255 * channel) for channel in mean)
     return RepeatableCompose(
         [
             A.HorizontalFlip(p=config.flip_probability),
             ShiftScaleRotate(
-                translate_percent=(-config.shift_limit, config.shift_limit),
-                scale=(1 - config.scale_limit, 1 + config.scale_limit),
-                rotate=(-config.rotate_limit, config.rotate_limit),
-                keep_ratio=True,
-                border_mode=cv2.BORDER_REFLECT_101,
-                p=config.shift_scale_rotate_probability,
+                config.shift_limit, config.scale_limit, config.rotate_limit, p=config.shift_scale_rotate_probability
             ),
-            SquareHole(
-                num_holes_range=(1, 1),
-                hole_height_range=(config.hole_size, config.hole_size),
-                hole_width_range=(config.hole_size, config.hole_size),
-                fill=tuple(round(255 * channel) for channel in mean),
-                p=config.coarse_dropout_probability,
-            ),
+            SquareHole(config.hole_size, fill=mean_color, p=config.coarse_dropout_probability),
         ]
     )
 
@@ -151,8 +141,8 @@ def load_datasets(config: Config) -> Datasets:
 class EpochBatches(Sampler):
     """Batches of indices into a dataset: in order, or shuffled as follows from the dataset's seed and epoch.
 
-    Of `world_size` processes, number `rank` gets its part of each batch. A last batch with fewer images than
-    processes is left out in training, for each of them must take part in a step.
+    Of `world_size` processes, number `rank` gets its part of each batch. If shuffled, for training, a last batch with
+    fewer images than processes is left out, for each of them must take part in a step.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, shuffle: bool, rank: int = 0, world_size: int = 1):

@@ -3,6 +3,7 @@
 ``python model.py`` prints the receptive field and the layers.
 """
 
+import copy
 import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -29,8 +30,11 @@ class BlockSpec(NamedTuple):
     last: Literal["plain", "dilated", "strided", "unpadded"] = "plain"
 
 
-def default_blocks(base_channels: int = 16) -> tuple[BlockSpec, ...]:
-    """Return the table that `Net` is built from: edit it here, or pass another one to `Net`."""
+BASE_CHANNELS = 16  # of the default table's first block
+
+
+def default_blocks(base_channels: int = BASE_CHANNELS) -> tuple[BlockSpec, ...]:
+    """Return the table that `Net` is built from: edit a row here, or pass another table to `Net`."""
     c = base_channels
     return (
         BlockSpec(3, c, last="dilated"),  # receptive field 9
@@ -90,7 +94,7 @@ class Block(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x)
-            if isinstance(layer, nn.BatchNorm2d):
+            if not isinstance(layer, (nn.Conv2d, nn.Dropout2d)):  # after the normalization
                 x = F.relu(x)
         return x
 
@@ -110,7 +114,7 @@ class Net(nn.Module):
         self,
         blocks: Sequence[BlockSpec] | None = None,
         *,
-        base_channels: int = 16,
+        base_channels: int = BASE_CHANNELS,
         num_classes: int = 10,
         dropout: float = 0.0,
         image_size: int = 32,
@@ -124,7 +128,7 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1])
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
-        self.register_forward_pre_hook(check_images)  # a hook, for in `forward` it would keep torch.fx from tracing
+        self.register_forward_pre_hook(check_images, with_kwargs=True)  # in `forward` it would end torch.fx's tracing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -133,9 +137,10 @@ class Net(nn.Module):
         return F.log_softmax(logits, dim=1, dtype=torch.float32)
 
 
-def check_images(net: Net, args: tuple[torch.Tensor]) -> None:
+def check_images(net: Net, args: tuple, kwargs: dict) -> None:
     """Raise ValueError if what the network gets are not images (N, 3, image_size, image_size)."""
-    shape, side = tuple(args[0].shape), net.image_size
+    (images,) = (*args, *kwargs.values())
+    shape, side = tuple(images.shape), net.image_size
     if len(shape) != 4 or shape[1:] != (3, side, side):
         raise ValueError(f"this Net takes images (N, 3, {side}, {side}), see image_size; not {shape}")
 
@@ -157,11 +162,11 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
         before, channels = image_size, spec.out_channels
         conv = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
-        image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1
+        image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1  # a 3x3
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
-        if image_size == 1 and conv["padding"]:
-            raise ValueError(f"block {number}: a 1x1 image is left, of which BatchNorm cannot take a variance")
+        if image_size == 1 and spec.last != "unpadded":
+            raise ValueError(f"block {number}: a 1x1 image is left, and BatchNorm needs more than one value")
         sizes.append(image_size)
     return sizes
 
@@ -198,8 +203,6 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
 
 def print_summary(net: Net) -> None:
     """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
-    import copy
-
     import torchsummary
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".

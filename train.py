@@ -7,7 +7,6 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import distributed as dist
@@ -21,24 +20,15 @@ from extras import command_line
 from extras.distributed import first_rank_first, share_training, sum_gradients
 from extras.evaluate import finish
 from extras.muon import Muon
-from extras.runs import new_run_dir, open_run, refuse_second_use
+from extras.runs import open_run, refuse_second_use
 from extras.speed import compile_in_place
+from extras.workers import workers_of
 from model import Net, print_summary
-from utils import (
-    DTYPES,
-    Meter,
-    choose_device,
-    choose_precision,
-    choose_workers,
-    describe_device,
-    make_deterministic,
-    seed_torch,
-    with_progress,
-)
+from utils import DTYPES, Meter, device_name, forward, numerics, resolve, seed_torch, with_progress
 
 
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
-    """Return [SGD], or [Muon, SGD] if config.optimizer is "muon".
+    """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
     Muon moves the weights of the convolutions that mix channels, but for the last, the classifier; SGD the rest, at
     ten times the learning rate. A step shrinks convolution weights by learning_rate * weight_decay, whoever moves
@@ -46,14 +36,14 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if config.optimizer == "muon" else []
-    rest = [p for p in net.parameters() if not any(p is weight for weight in mixing)]
+    rest = [p for p in net.parameters() if p not in set(mixing)]
     ratio = 10 if mixing else 1
     # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.
     weight_decay = config.weight_decay * (1 - config.momentum) / ratio
     decayed, spared = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared}]
     rate, sgd_options = config.learning_rate, {"momentum": config.momentum, "nesterov": config.nesterov}
-    sgd = torch.optim.SGD(groups, ratio * rate, fused=True, **sgd_options)
+    sgd = torch.optim.SGD(groups, ratio * rate, fused=True, **sgd_options)  # fused: the same bits, sooner
     return [Muon(mixing, rate, weight_decay=config.weight_decay), sgd] if mixing else [sgd]
 
 
@@ -100,10 +90,9 @@ def train_step(
     scaler: what float16 needs. Return (mean loss, without smoothing, and log_probs (N, num_classes)).
     """
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
-    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        log_probs = net(images).float()
+    log_probs = forward(net, images, dtype)
     loss = F.nll_loss(log_probs, labels)
-    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)
+    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)  # as F.cross_entropy does with logits
     net.zero_grad()
     scaler.scale(smoothed).backward()
     if dist.is_initialized():
@@ -141,7 +130,7 @@ def train_one_epoch(
             group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
         loss, log_probs = train_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
         meter.update(loss, log_probs, labels)
-    return meter.total()
+    return meter.average()
 
 
 @torch.inference_mode()
@@ -155,23 +144,9 @@ def validate(
     net.eval()
     meter = Meter(description, len(loader), next(net.parameters()).device)
     for images, labels in with_progress(loader, meter):
-        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            log_probs = net(images).float()
+        log_probs = forward(net, images, dtype)
         meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
-    return meter.total()
-
-
-def resolve(config: Config) -> Config:
-    """Return the config with what it left open found out: device, precision, workers, the run's folder."""
-    check(config)
-    device = choose_device(config.device)
-    return replace(
-        config,
-        device=str(device),
-        precision=choose_precision(config.precision, device),
-        num_workers=choose_workers(config.num_workers, device),
-        run_dir=config.run_dir or new_run_dir(),
-    )
+    return meter.average()
 
 
 def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dict) -> dict:
@@ -179,30 +154,31 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
     print(f"\nEpoch {epoch}/{config.epochs} Summary:")
     print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
     print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
-    parts = {f"{name}_{key}": part[key] for name, part in (("train", train), ("valid", valid)) for key in part}
-    return {"epoch": epoch, "learning_rate": factor * config.learning_rate, **parts}
+    row = {"epoch": epoch, "learning_rate": factor * config.learning_rate}
+    row |= {"train_loss": train["loss"], "train_accuracy": train["accuracy"]}
+    return row | {"valid_loss": valid["loss"], "valid_accuracy": valid["accuracy"]}
 
 
 def main(config: Config, resume: bool = False, report: bool = True) -> None:
     """Train as the config says; leave the results in config.run_dir, or continue the run that is there.
 
-    report: whether pictures are drawn: the curves after each epoch, the others at the end.
+    report: whether pictures are drawn: the curves as the run goes on, the others at its end.
     """
+    check(config)
     config = resolve(config)
     device, dtype = torch.device(config.device), DTYPES[config.precision]
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    print(f"Device: {device_name(device)}, precision {config.precision}, {config.num_workers} workers.")
+    print(f"Run: {config.run_dir}", flush=True)
+    seed_torch(config.seed)
     if not resume:
         refuse_second_use(config.run_dir)
 
     part = {"rank": rank, "world_size": world_size}  # of each batch
     data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
     loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **part)
-    valid_loader = make_loader(data.valid, config.batch_size, **part)
+    valid_loader = make_loader(data.valid, config.batch_size, **part)  # not augmented: workers would gain nothing
 
-    make_deterministic(config.deterministic)
-    seed_torch(config.seed)
-    print(f"Device: {describe_device(device)}, precision {config.precision}, {config.num_workers} workers.")
-    print(f"Run: {config.run_dir}", flush=True)
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
     net.to(device, memory_format=torch.channels_last)
     print_summary(net)
@@ -213,7 +189,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     if config.compile:
         compile_in_place(net, world_size)
 
-    with open_run(config, data, resume, rank, world_size, report) as run:
+    with numerics(config.deterministic), workers_of(loader), open_run(config, data, rank, world_size, report) as run:
         rows = run.restore(net, optimizers, scaler)
         for epoch in range(len(rows) + 1, config.epochs + 1):
             seed_torch(config.seed, epoch, rank)

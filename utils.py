@@ -1,6 +1,7 @@
 """What the training loop needs and nobody wants to read first: device, precision, seeds, meter, checkpoints."""
 
 import builtins
+import contextlib
 import hashlib
 import io
 import os
@@ -8,19 +9,20 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import RunStopped, UsageError
+from config import Config, RunStopped, UsageError
 from extras.distributed import sum_over_processes
 from extras.files import write_atomically
-
-# --- device, precision, seeds -------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,34 +64,59 @@ def choose_precision(name: str, device: torch.device) -> str:
 def choose_workers(num_workers: int, device: torch.device) -> int:
     """Return how many processes augment; -1 finds out what pays off.
 
-    On the CPU they take from the training what they give: none on two cores, one on more. Beside an
-    accelerator the cores are free: up to eight. Training processes on one machine divide its cores.
+    On the CPU they take from the training what they give: none on two cores, one on more. Beside an accelerator the
+    cores are free: up to eight. Training processes on one machine divide its cores.
     """
     if num_workers >= 0:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    most = 2 if sys.platform == "win32" else 1 if device.type == "mps" else 8  # a spawned one takes 590 MB
-    return int(cores > 2) if device.type == "cpu" else max(1, min(most, cores - 1))
+    if device.type == "cpu":
+        return int(cores > 2)
+    most = {"win32": 2, "darwin": 1}.get(sys.platform, 8)  # these two spawn workers, which take 590 MB each
+    return max(1, min(most, cores - 1))
 
 
-def describe_device(device: torch.device) -> str:
+def new_run_dir() -> str:
+    """Return the name of a new run's folder: runs/ and the date and time."""
+    return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
+
+
+def resolve(config: Config) -> Config:
+    """Return the config with what it left open found out: device, precision, workers, the run's folder."""
+    device = choose_device(config.device)
+    return replace(
+        config,
+        device=str(device),
+        precision=choose_precision(config.precision, device),
+        num_workers=choose_workers(config.num_workers, device),
+        run_dir=config.run_dir or new_run_dir(),
+    )
+
+
+def device_name(device: torch.device) -> str:
     """Return the device's name for people: "cuda (NVIDIA H100)", "cpu (2 threads)"."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def make_deterministic(deterministic: bool) -> None:
-    """Make torch use only operations that give the same bits every time; on the CPU, with equal threads, all do.
+@contextlib.contextmanager
+def numerics(deterministic: bool) -> Iterator[None]:
+    """Let float32 be float32 on CUDA, where torch's default for convolutions is TF32, of 10 bits.
 
-    On CUDA float32 is float32: torch's default is TF32, of 10 bits, in convolutions.
+    deterministic: for the block, allow only operations that give the same bits every time; those of the CPU always do.
     """
+    before = torch.are_deterministic_algorithms_enabled()
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     torch.backends.cudnn.benchmark = not deterministic  # cuDNN tries its algorithms, and takes the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
@@ -97,11 +124,14 @@ def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
 
 
-# --- metrics ------------------------------------------------------------------------------------------
+def forward(net: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the network's log-probabilities of the images as float32, its layers computed in dtype."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return net(images).float()
 
 
 class Meter:
-    """Loss and accuracy over the images so far, gathered on the device: only `result` waits for it."""
+    """Loss and accuracy over the images so far, gathered on the device: only the averages wait for it."""
 
     def __init__(self, description: str, steps: int, device: torch.device):
         self.description, self.device = description, device
@@ -117,7 +147,7 @@ class Meter:
         self.count += len(labels)
         self.step += 1
 
-    def result(self) -> dict[str, float]:
+    def local_average(self) -> dict[str, float]:
         """Return {"loss", "accuracy" in percent}; raise RunStopped if the loss of any batch is not finite."""
         losses = self.losses.cpu().double()
         if not losses.isfinite().all():
@@ -127,20 +157,20 @@ class Meter:
         count = max(self.count.item(), 1)  # this process may have had no image
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
-    def total(self) -> dict[str, float]:
-        """Return the result over the images of all processes, or raise RunStopped, in all of them alike."""
+    def average(self) -> dict[str, float]:
+        """Return the same over the images of all processes, or raise RunStopped, in all of them alike."""
         if dist.is_initialized():
             for part in (self.losses, self.correct, self.count):
                 sum_over_processes(part)
-        return self.result()
+        return self.local_average()
 
 
 def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield the batches on the meter's device, under a tqdm bar that shows its result four times a second at most.
+    """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
-    Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss
-    that is not finite is found early. The result is that of this process alone: when it is looked at
-    depends on the clock, so nobody may have to wait for it.
+    Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss that is not
+    finite is found early. The average is that of this process alone: when it is looked at depends on the clock, so
+    nobody may have to wait for it.
     """
     device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied
@@ -151,12 +181,10 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
             yield images, labels.to(device, non_blocking=non_blocking)
             bar.update()
             if time.monotonic() - looked > 0.25 or step == len(meter.losses):
-                result = meter.result()
-                bar.set_postfix(accuracy=f"{result['accuracy']:.3f}", loss=f"{result['loss']:.4f}")
+                average = meter.local_average()
+                bar.set_postfix(accuracy=f"{average['accuracy']:.3f}", loss=f"{average['loss']:.4f}")
                 looked = time.monotonic()
 
-
-# --- checkpoints --------------------------------------------------------------------------------------------
 
 FORMAT = "s8erav3-2"
 
@@ -164,8 +192,8 @@ FORMAT = "s8erav3-2"
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
 
-    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain
-    torch.load reads these files too.
+    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain torch.load
+    reads these files too.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)

@@ -15,7 +15,9 @@ def describe_network(net: nn.Module) -> dict[str, object]:
         if not isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
             described[f"{name}.type"] = type(module).__name__.removeprefix("Shared")  # of SharedBatchNorm2d
             for key, value in vars(module).items():
-                if isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training":
+                parts = value if type(value) is tuple else (value,)
+                plain = all(type(part) in (bool, int, float, str) for part in parts)  # others would not be loaded again
+                if plain and key[0] != "_" and key != "training":
                     described[f"{name}.{key}"] = value
     return described
 

@@ -15,15 +15,17 @@ import simple_parsing
 from torch import distributed as dist
 
 from config import Config, UsageError, check, config
-from extras.distributed import first_to_fail, launcher, process_group
+from extras.distributed import first_to_fail, launcher, of_first_process, process_group
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
-from extras.runs import LAST, checkpoint_that_counts, describe_progress, new_run_dir, resumed_config
+from extras.runs import LAST, checkpoint_that_counts, describe_progress, resumed_config
 from extras.speed import keep_freed_memory
+from utils import new_run_dir
 
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
 
+MODES = "--resume", "--evaluate", "--predict", "--tta", "--no-report"
 # What may be given beside --resume, --evaluate and --predict; the rest follows from the run or the checkpoint.
 GIVEN_WITH = {
     "resume": {"epochs", "num_workers", "device", "precision", "data_dir"},
@@ -90,9 +92,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
     if unknown:
-        known = [*flags, "--resume", "--evaluate", "--predict", "--tta", "--no-report", "--help"]
-        short = [flag for flag in known if "--" + "".join(word[0] for word in flag[2:].split("-")) == unknown[0]]
-        nearest = short or difflib.get_close_matches(unknown[0], known, n=1)
+        short = [flag for flag in flags if "--" + "".join(word[0] for word in flag[2:].split("-")) == unknown[0]]
+        nearest = short or difflib.get_close_matches(unknown[0], [*flags, *MODES], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
     words = {word.split("=")[0] for word in argv}
@@ -114,22 +115,9 @@ def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     return arguments
 
 
-def stop_on_signals() -> None:
-    """From now on raise Stop, instead of what Python does, at Ctrl-C and SIGTERM."""
-
-    def stop(signum, frame):
-        raise Stop(signum)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
-
-
-def ignore_signals() -> None:
-    """From now on ignore Ctrl-C, SIGTERM, and torch's alarm at the end of a worker: the program is ending already."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+def stop(signum: int, frame: object) -> None:
+    """Raise Stop: what Ctrl-C and SIGTERM do, instead of what Python does."""
+    raise Stop(signum)
 
 
 def set_up_output() -> None:
@@ -149,33 +137,34 @@ def run(main: Callable[..., None]) -> None:
     share the run.
     """
     set_up_output()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     arguments, run_dir = None, ""
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop_on_signals()
         arguments = parse_args()
-        keep_freed_memory()
         run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
-        config = replace(arguments.config, run_dir=run_dir)
-        with process_group(config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
-            return carry_out(arguments, config, main)
+        with process_group(arguments.config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
+            if dist.is_initialized():
+                run_dir = of_first_process(run_dir)  # the others may have read the clock a second later
+            return carry_out(arguments, replace(arguments.config, run_dir=run_dir), main)
     except SystemExit:
         raise
     except BaseException as error:
-        ignore_signals()
+        for number in handlers:  # the program is ending already
+            signal.signal(number, signal.SIG_IGN)
+        if hasattr(signal, "SIGCHLD"):  # torch's alarm at the end of a worker; not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if dist.is_initialized() and not first_to_fail():
             os._exit(1)  # at once: what the others wait for will not come
         failure = describe_failure(error)
         if failure is None and not dist.is_initialized():
             raise
-        failure = failure or (1, traceback.format_exc())
+        code, message = failure or (1, traceback.format_exc())
         resumable = getattr(error, "resumable", True)
     finally:
         if "ipykernel" in sys.modules:  # a notebook lives on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
-    code, message = failure
     if code != 2 and arguments.evaluate is None:
         message += f"; {describe_progress(run_dir, resumable, launcher())}"
     print(f"train.py: {message}\n", end="", file=sys.stderr, flush=True)  # one piece: torchrun writes there too
@@ -186,6 +175,7 @@ def run(main: Callable[..., None]) -> None:
 
 def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -> None:
     """Train, continue, evaluate or predict. Evaluation and prediction are the work of one process."""
+    keep_freed_memory()
     if arguments.resume is not None:
         main(resumed_config(arguments.resume, arguments.given), resume=True, report=arguments.report)
     elif arguments.evaluate is None:
@@ -195,8 +185,9 @@ def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -
     else:
         path = arguments.evaluate
         if Path(path).is_dir():  # a run's folder
-            path = checkpoint_that_counts(path, resumed_config(path, {}).valid_split)
+            path = checkpoint_that_counts(path)
         if arguments.predict:
             print_predictions(path, arguments.predict)
         else:
-            evaluate(path, {"device": config.device} | arguments.given, arguments.report, arguments.tta)
+            here = {"device": config.device, "precision": config.precision}
+            evaluate(path, here | arguments.given, arguments.report, arguments.tta)

@@ -21,11 +21,8 @@ def launcher() -> str:
     """Return what to start train.py with, to have as many processes again; of several machines only "torchrun ..."."""
     if not dist.is_initialized():
         return "python"
-    return (
-        f"torchrun --nproc-per-node {dist.get_world_size()}"
-        if os.environ["GROUP_WORLD_SIZE"] == "1"
-        else "torchrun ..."
-    )
+    one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"
+    return f"torchrun --nproc-per-node {dist.get_world_size()}" if one_machine else "torchrun ..."
 
 
 @contextlib.contextmanager
@@ -40,9 +37,7 @@ def process_group(device: str) -> Iterator[None]:
     if dist.get_rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(
-            f"device {device!r} is not for {dist.get_world_size()} processes: give --device cuda, one each, or cpu"
-        )
+        raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if device != "cpu" and cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     yield
@@ -65,6 +60,13 @@ def first_to_fail() -> bool:
     if first:
         sys.stderr = sys.__stderr__
     return first
+
+
+def of_first_process(value: str) -> str:
+    """Return the value that rank 0 gives."""
+    values = [value]
+    dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
 
 
 def first_rank_first(function: Callable, *args):

@@ -12,7 +12,7 @@ from extras.failures import only_warn
 from extras.predict import average_views, compute_log_probs, load_network
 from extras.runs import best_row, checkpoint_that_counts, read_config
 from extras.sources import load_source
-from utils import DTYPES, choose_device, choose_precision
+from utils import DTYPES, choose_device, choose_precision, numerics
 
 
 def print_accuracy(title: str, log_probs: torch.Tensor, dataset: ImageDataset) -> None:
@@ -34,11 +34,12 @@ def draw_report(folder: Path, net: torch.nn.Module, checkpoint: dict, data: tupl
 def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
 
+    given: "device" and "precision" at least, for those of the training may not be here.
     report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
     images is printed too. Raises UsageError.
     """
     net, checkpoint = load_network(path)
-    config = replace(read_config(checkpoint["config"], path), **{"device": "auto", "precision": "auto", **given})
+    config = replace(read_config(checkpoint["config"], path), **given)
     check(config)
     device = choose_device(config.device)
     dtype = DTYPES[choose_precision(config.precision, device)]
@@ -48,11 +49,12 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
     common = {name: checkpoint[name] for name in ("class_names", "mean", "std")}
     test = ImageDataset(*source.test, **common)
     loader = make_loader(test, config.batch_size)
-    log_probs = compute_log_probs(net.to(device), loader, dtype, description="Test")
-    print_accuracy("Test", log_probs, test)
-    if tta:
-        mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
-        print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
+    with numerics(config.deterministic):
+        log_probs = compute_log_probs(net.to(device), loader, dtype, description="Test")
+        print_accuracy("Test", log_probs, test)
+        if tta:
+            mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
+            print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
     if report:
         augmentation = make_augmentation(config, checkpoint["mean"])
         train = ImageDataset(*source.train, **common, augmentation=augmentation, seed=config.seed)
@@ -64,7 +66,7 @@ def finish(config: Config, data: Datasets, report: bool) -> None:
 
     The pictures are those of the network that was tested; without held-out images, of the last epoch's.
     """
-    net, checkpoint = load_network(checkpoint_that_counts(config.run_dir, config.valid_split))
+    net, checkpoint = load_network(checkpoint_that_counts(config.run_dir))
     best = best_row(checkpoint["metrics"])
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
     if config.valid_split == 0 and not report:

@@ -39,7 +39,7 @@ def only_warn(what: str) -> Iterator[None]:
         warn(f"{what} cannot be drawn ({type(error).__name__}: {str(error).partition(chr(10))[0][:150]})")
 
 
-NO_SHARED_MEMORY = "shared memory|/dev/shm|Bus error|torch_shm|exit code 75"  # 75: see workers.py
+SHARED_MEMORY_FULL = "shared memory|/dev/shm|Bus error|torch_shm|exit code 75"  # 75: see workers.py
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|C(UBLAS|UDNN)_STATUS_ALLOC_FAILED"
 
 
@@ -59,7 +59,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
         return 1, "stopped: the output cannot be written, there is no space left"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in whole):
         return 1, f"stopped: another process of the run died or does not answer ({text})"
-    if isinstance(error, (MemoryError, RuntimeError)) and re.search(NO_SHARED_MEMORY, whole):
+    if isinstance(error, (MemoryError, RuntimeError)) and re.search(SHARED_MEMORY_FULL, whole):
         return 1, (
             "stopped: no shared memory is left for the processes that augment: give Docker --shm-size 1g, or "
             "fewer --num-workers, or a smaller --batch-size in a new run"

@@ -1,7 +1,6 @@
 """What a trained network says of images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
 
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +17,7 @@ from dataset import ImageDataset, make_loader
 from extras.architecture import load_weights
 from extras.sources import read_image, resize_image
 from model import Net
-from utils import load_checkpoint
+from utils import forward, load_checkpoint
 
 
 class Prediction(NamedTuple):
@@ -52,10 +51,9 @@ def compute_log_probs(
     """
     net.eval()
     device, outputs = next(net.parameters()).device, []
-    for images, _ in tqdm(loader, description, disable=not (description and sys.stderr.isatty()), dynamic_ncols=True):
+    for images, _ in tqdm(loader, description, disable=None if description else True, dynamic_ncols=True):
         images = (images.flip(3) if mirrored else images).to(device, memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            outputs.append(net(images).float().cpu())
+        outputs.append(forward(net, images, dtype).cpu())
     return torch.cat(outputs)
 
 
@@ -81,8 +79,8 @@ def to_picture(image: Picture) -> np.ndarray:
             image = (255 * image).round().to(torch.uint8)
         if image.dtype == torch.uint8:
             image = np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy())
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.shape[2:] in ((), (3,)):
-        image = Image.fromarray(image) if image.ndim > 1 else image
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size and image.ndim > 1:
+        image = Image.fromarray(image) if image.shape[2:] in ((), (3,)) else image
     if not isinstance(image, Image.Image) or 0 in image.size:
         raise UsageError(f"{ACCEPTED}; not {given}")
     return resize_image(image)
@@ -107,7 +105,7 @@ def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Predictio
     for row in compute_log_probs(net, make_loader(dataset, batch_size=128)).exp():
         probability, order = row.sort(descending=True, stable=True)
         ranked = dict(zip([names[index] for index in order], probability.tolist(), strict=True))
-        predictions.append(Prediction(*next(iter(ranked.items())), ranked))
+        predictions.append(Prediction(names[order[0]], probability[0].item(), ranked))
     return predictions
 
 

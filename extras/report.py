@@ -17,6 +17,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from config import UsageError
 from dataset import ImageDataset
@@ -24,10 +25,15 @@ from extras.files import write_atomically
 from extras.runs import LAST
 from utils import load_checkpoint
 
-CURVES, CONFUSION, MISTAKES = "curves.png", "confusion_matrix.png", "misclassified.png"
-AUGMENTATIONS, PAGE = "augmentations.png", "report.md"
-PANELS = {"loss": "Negative log-likelihood", "accuracy": "Correct (%)", "learning_rate": "At the end of the epoch"}
-
+PICTURES = {  # of report.md, with their titles
+    "curves.png": "Curves",
+    "confusion_matrix.png": "Confusion matrix",
+    "predictions.png": "Predictions",
+    "misclassified.png": "Most confident mistakes",
+    "augmentations.png": "Augmentations",
+}
+CURVES, CONFUSION, PREDICTIONS, MISTAKES, AUGMENTATIONS = PICTURES
+PAGE = "report.md"
 
 names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be called "Ba$$in"
 
@@ -40,21 +46,16 @@ def short(name: str, length: int = 20) -> str:
 
 def plot_curves(rows: Sequence[dict]) -> Figure:
     """Return loss, accuracy and learning rate over the epochs, from the rows of metrics.csv."""
-    epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (name, unit) in zip(figure.subplots(1, 3), PANELS.items(), strict=True):
-        parts = ("train_", "valid_") if name != "learning_rate" else ("",)
-        for part in parts:
-            label = {"train_": "training", "valid_": "validation"}.get(part)
-            axes.plot(epochs, [row[part + name] for row in rows], label=label, marker="o", markersize=3)
-        axes.set(title=name.replace("_", " ").capitalize(), xlabel="Epoch", ylabel=unit)
-        axes.set_xlim(0.5, epochs[-1] + 0.5)
+    panels = {"loss": "Loss", "accuracy": "Accuracy (%)", "learning_rate": "Learning rate at the end of the epoch"}
+    for axes, (name, title) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for column in (column for column in rows[0] if column.endswith(name)):
+            values = {row["epoch"]: row[column] for row in rows}
+            axes.plot(values.keys(), values.values(), label=column.replace("_", " "), marker="o", markersize=3)
+        axes.set(title=title, xlabel="Epoch", xlim=(0.5, len(rows) + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if name == "learning_rate":
-            axes.set_ylim(bottom=0)
-        else:
-            axes.legend()
+        axes.legend()
     return figure
 
 
@@ -66,28 +67,21 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 
 @names_as_they_are
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
-    """Return the confusion matrix (true, predicted), each row in percent, and beside it each class's accuracy."""
-    count, class_names = len(class_names), [short(name) for name in class_names]
-    few = count <= 30  # a number has room in each cell
+    """Return the confusion matrix (true, predicted) with each class's accuracy; a colour is the part of its row."""
+    count, few = len(class_names), len(class_names) <= 30  # then a number has room in each cell
     rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
-    side, font = (max(4.5, 0.5 * count), 9) if few else (0.16 * count, 6)
-    figure = Figure(figsize=(1.4 * side + 1, side + 0.5), layout="constrained")
-    matrix, bars = figure.subplots(1, 2, width_ratios=(3, 1), sharey=True)
-    matrix.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")  # a few in a hundred are seen too
+    side, font = (max(4.5, 0.55 * count), 9) if few else (0.16 * count, 6)
+    figure = Figure(figsize=(side + 2, side + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # a few in a hundred are seen too
     for row, column in counts.nonzero().tolist() if few else ():
         color = "white" if rates[row, column] > 30 else "black"
-        size = min(9, 160 / count)
-        matrix.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=color, fontsize=size)
-    slanted = {"rotation": 45 if few else 90, "rotation_mode": "anchor", "ha": "right", "va": "center"}
-    matrix.set_xticks(range(count), class_names, fontsize=font, **slanted)
-    matrix.set_yticks(range(count), class_names, fontsize=font)
-    matrix.set(title="Images of each class, by prediction", xlabel="Predicted", ylabel="True")
-    bars.barh(range(count), rates.diagonal(), color=mpl.colormaps["Blues"](0.6))
-    for row, rate in enumerate(rates.diagonal().tolist()):
-        inside = {"x": rate - 2, "ha": "right", "color": "white"} if rate > 40 else {"x": rate + 2, "ha": "left"}
-        bars.text(y=row, s=f"{rate:.1f}", va="center", fontsize=font, **inside)
-    bars.set(title="Accuracy (%)", xlim=(0, 100))
-    bars.tick_params(axis="y", left=False, labelleft=False)
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=color, fontsize=font)
+    names = [short(name) for name in class_names]
+    axes.set_xticks(range(count), names, fontsize=font, rotation=90)
+    labels = [f"{name}  {rate:.1f} %" for name, rate in zip(names, rates.diagonal(), strict=True)]
+    axes.set_yticks(range(count), labels, fontsize=font)
+    axes.set(title="Images by true and predicted class", xlabel="Predicted", ylabel="True, with its accuracy")
     return figure
 
 
@@ -101,18 +95,14 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
         warnings.simplefilter("ignore")  # of tqdm in a notebook
         from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
-    spatial, hooks = [], []
+    spatial = []
 
     def remember(layer: nn.Module, args: tuple, out: object) -> None:
         if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
             spatial.append(layer)
 
-    for module in net.modules():
-        hooks.append(module.register_forward_hook(remember))
-    with torch.no_grad():
+    with register_module_forward_hook(remember), torch.no_grad():
         net.eval()(images)
-    for hook in hooks:
-        hook.remove()
     if not spatial:
         return torch.zeros(len(images), *images.shape[2:])
     parts = LayerGradCam(net, spatial[-1]).attribute(images, targets, relu_attributions=True).detach()
@@ -121,46 +111,54 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
 
 
 @names_as_they_are
-def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
-    """Return the 20 most confident mistakes among the test images, each beside what spoke for it.
+def plot_predictions(
+    net: nn.Module, test: ImageDataset, log_probs: torch.Tensor, chosen: Sequence[int], title: str
+) -> Figure:
+    """Return the chosen test images with what the network says of them, each beside what spoke for that.
 
     log_probs: (N, num_classes) of the test images.
     """
     names, (confidence, predictions) = [short(name) for name in test.class_names], log_probs.exp().max(dim=1)
-    wrong = (predictions != test.labels).nonzero()[:, 0]
-    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20]
-    rows = max(1, math.ceil(len(chosen) / 5))
+    rows = math.ceil(len(chosen) / 5) or 1
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
-    figure.suptitle(
-        f"Mistakes: {len(wrong):,} in {len(test):,} images; the most confident first, "
-        "each beside what spoke for it (Grad-CAM)"
-    )
+    figure.suptitle(f"{title}, each beside what spoke for the answer (Grad-CAM)")
     grid = figure.subplots(rows, 10, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     if len(chosen):
         device = next(net.parameters()).device
-        images = torch.stack([test[index][0] for index in chosen.tolist()])
+        images = torch.stack([test[index][0] for index in chosen])
         maps = explain(net, images.to(device), predictions[chosen].to(device)).cpu()
-    for number, index in enumerate(chosen.tolist()):
+    for number, index in enumerate(chosen):
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
         left.imshow(test.images[index].numpy())
         right.imshow(test.images[index].numpy())
         right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
-        title = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
-        left.set_title(title, fontsize=9, loc="left")
+        said = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
+        color = "black" if predictions[index] == test.labels[index] else "firebrick"
+        left.set_title(said, fontsize=9, loc="left", color=color)
     return figure
+
+
+def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -> Figure:
+    """Return the 20 most confident mistakes among the test images, as `plot_predictions` shows them."""
+    confidence, predictions = log_probs.exp().max(dim=1)
+    wrong = (predictions != test.labels).nonzero()[:, 0]
+    chosen = wrong[confidence[wrong].argsort(descending=True, stable=True)][:20].tolist()
+    title = f"Mistakes: {len(wrong):,} in {len(test):,} images; the most confident first"
+    return plot_predictions(net, test, log_probs, chosen, title)
 
 
 @names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
-    labels = train.labels.numpy()
+    labels, before = train.labels.numpy(), train.epoch.item()
     indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
     columns = [train.images.numpy()[indices]]
     for epoch in range(1, 10):
         train.set_epoch(epoch)
         columns.append(train.augment(indices))
+    train.set_epoch(before)
     figure = Figure(figsize=(12, 1.2 * len(indices) + 0.8), layout="constrained")
     figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
     grid = figure.subplots(len(indices), 10, squeeze=False)
@@ -177,11 +175,6 @@ def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     write_atomically(path, buffer.getvalue())
-
-
-def save_curves(rows: Sequence[dict], folder: Path) -> None:
-    """Write curves.png. Raises RunStopped if it cannot be written."""
-    save_figure(plot_curves(rows), folder / CURVES)
 
 
 def write_report(
@@ -202,8 +195,11 @@ def write_report(
         last = load_checkpoint(folder / LAST)
         rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
-    save_curves(rows, folder)
+    save_figure(plot_curves(rows), folder / CURVES)
     save_figure(plot_confusions(counts, test.class_names), folder / CONFUSION)
+    first = range(min(20, len(test)))
+    figure = plot_predictions(net, test, log_probs, first, f"The first {len(first)} test images")
+    save_figure(figure, folder / PREDICTIONS)
     save_figure(plot_mistakes(net, test, log_probs), folder / MISTAKES)
     save_figure(plot_augmentations(train), folder / AUGMENTATIONS)
     loss = F.nll_loss(log_probs.double(), test.labels).item()
@@ -214,19 +210,20 @@ def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
     """Return the page: the numbers, the pictures, the settings."""
     config, last = checkpoint["config"], checkpoint["metrics"][-1]
     correct, total = int(counts.diagonal().sum()), int(counts.sum())
-    epochs = f"{checkpoint['epoch']} of {config['epochs']}"
-    lines = [
-        f"# {config['dataset']}: {100 * correct / total:.2f} % of {total:,} test images",
-        "",
-        "| epochs | training loss | training accuracy | test loss | test accuracy |",
-        "|---|---|---|---|---|",
-        f"| {epochs} | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {loss:.4f} "
-        f"| {100 * correct / total:.2f} % ({correct:,} of {total:,}) |",
-        "",
-        "Training figures are those of images as they were trained on: augmented, each before its step.",
-    ]
-    titles = "Curves", "Confusion matrix", "Most confident mistakes", "Augmentations"
-    for title, name in zip(titles, (CURVES, CONFUSION, MISTAKES, AUGMENTATIONS), strict=True):
-        lines += ["", f"## {title}", "", f"![{title}]({name})"]
-    lines += ["", "## Settings", "", "```", *(f"{name} = {value!r}" for name, value in config.items()), "```"]
-    return "\n".join(lines) + "\n"
+    accuracy = f"{100 * correct / total:.2f} %"
+    pictures = "".join(f"## {title}\n\n![{title}]({name})\n\n" for name, title in PICTURES.items())
+    settings = "".join(f"{name} = {value!r}\n" for name, value in config.items())
+    return f"""# {config["dataset"]}: {accuracy} of {total:,} test images
+
+| epochs | training loss | training accuracy | test loss | test accuracy |
+|---|---|---|---|---|
+| {checkpoint["epoch"]} of {config["epochs"]} | {last["train_loss"]:.4f} | {last["train_accuracy"]:.2f} % | {loss:.4f} \
+| {accuracy} ({correct:,} of {total:,}) |
+
+Training figures are those of images as they were trained on: augmented, each before its step.
+
+{pictures}## Settings
+
+```
+{settings}```
+"""

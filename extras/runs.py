@@ -1,10 +1,9 @@
 """A run's folder: open it to see what a run leaves on the disk, and how it is continued as if it had not stopped."""
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -12,10 +11,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from config import Config, UsageError, check
@@ -26,19 +25,13 @@ from extras.files import write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
-
-
-def new_run_dir() -> str:
-    """Return the name of a new run's folder: runs/ and the date and time."""
-    return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
+LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live, and keep its lock, for five
 
 
 def refuse_second_use(run_dir: str) -> None:
     """Raise UsageError if the folder holds a run already."""
     if any(Path(run_dir, name).exists() for name in (CONFIG, LAST)):
-        raise UsageError(
-            f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another folder"
-        )
+        raise UsageError(f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another")
 
 
 class Run:
@@ -46,7 +39,7 @@ class Run:
 
     def __init__(self, config: Config, data: Datasets, rank: int, world_size: int, report: bool):
         self.config, self.folder, self.rank, self.report = config, Path(config.run_dir), rank, report
-        self.drawn = -float("inf")  # when the curves were drawn last
+        self.drawn = -math.inf  # when the curves were drawn last
         digest = hashlib.sha256()
         for dataset in (data.train, data.valid):
             digest.update(dataset.images.numpy())
@@ -83,8 +76,7 @@ class Run:
                 self._follow_last(checkpoint)
         if self.rank == 0:
             write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
-            split = self.config.valid_split
-            if rows and split > 0 and checkpoint_that_counts(self.folder, split).name != BEST:
+            if rows and self.config.valid_split > 0 and checkpoint_that_counts(self.folder).name != BEST:
                 warn(f"{BEST} is gone or damaged: unless a coming epoch is better, the last one's network is tested")
         return rows
 
@@ -106,9 +98,9 @@ class Run:
         self._follow_last(checkpoint)
         if self.report and time.monotonic() - self.drawn > 5:  # on a GPU an epoch is faster than its picture
             with only_warn("the curves"):
-                from extras.report import save_curves  # here: matplotlib is slow to import
+                from extras.report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
 
-                save_curves(rows, self.folder)
+                save_figure(plot_curves(rows), self.folder / CURVES)
             self.drawn = time.monotonic()
 
     def _compare(self, checkpoint: dict) -> None:
@@ -127,20 +119,16 @@ class Run:
         rows = checkpoint["metrics"]
         if best_row(rows) is rows[-1]:
             save_checkpoint(self.folder / BEST, checkpoint)
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.folder / METRICS, text.getvalue().encode())
+        lines = [rows[0].keys(), *(row.values() for row in rows)]
+        text = "".join(",".join(map(str, line)) + "\n" for line in lines)  # numbers only: nothing to quote
+        write_atomically(self.folder / METRICS, text.encode())
 
 
 @contextlib.contextmanager
-def open_run(
-    config: Config, data: Datasets, resume: bool = False, rank: int = 0, world_size: int = 1, report: bool = True
-) -> Iterator[Run]:
-    """Create a new run's folder, or take one to resume, and lock it. report: whether curves are drawn.
+def open_run(config: Config, data: Datasets, rank: int = 0, world_size: int = 1, report: bool = True) -> Iterator[Run]:
+    """Create a run's folder, or take the one that is there, and lock it. report: whether curves are drawn.
 
-    Raises UsageError if the folder cannot be written, is in use, or holds a run when a new one is wanted.
+    Raises UsageError if the folder cannot be written or is in use.
     """
     run = Run(config, data, rank, world_size, report)
     if rank > 0:
@@ -148,33 +136,15 @@ def open_run(
         return
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = open(run.folder / ".lock", "w")  # noqa: SIM115
+        lock = FileLock(run.folder / ".lock").acquire(timeout=LOCK_TIMEOUT)
+    except Timeout:
+        raise UsageError(f"run_dir {run.folder} is in use by another run: wait for its end, or name another") from None
     except OSError as error:
         raise UsageError(f"run_dir {run.folder} cannot be written ({error.strerror})") from None
     with lock:
-        _lock(lock, run.folder)
-        if not resume:
-            refuse_second_use(config.run_dir)
         for leftover in run.folder.glob("*.tmp"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
         yield run
-
-
-def _lock(file: io.TextIOBase, folder: Path) -> None:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            # A record lock: unlike flock, it is not kept by the workers that outlive a killed run by seconds.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UsageError(f"run_dir {folder} is in use by another run: wait for its end, or name another") from None
-    except OSError:
-        pass  # a filesystem without locks: the run matters more than the guard
 
 
 def best_row(rows: Sequence[dict]) -> dict:
@@ -182,13 +152,14 @@ def best_row(rows: Sequence[dict]) -> dict:
     return max(rows, key=lambda row: row["valid_accuracy"])
 
 
-def checkpoint_that_counts(run_dir: str | Path, valid_split: float) -> Path:
+def checkpoint_that_counts(run_dir: str | Path) -> Path:
     """Return a run's checkpoint to test: best.pt if held-out images chose it and it can be read, else last.pt."""
-    if valid_split > 0:
+    last, best = Path(run_dir, LAST), Path(run_dir, BEST)
+    if load_checkpoint(last)["config"]["valid_split"] > 0:
         with contextlib.suppress(UsageError):
-            load_checkpoint(Path(run_dir, BEST))
-            return Path(run_dir, BEST)
-    return Path(run_dir, LAST)
+            load_checkpoint(best)
+            return best
+    return last
 
 
 def read_config(settings: dict, where: str | Path) -> Config:
@@ -211,10 +182,8 @@ def resumed_config(run_dir: str, given: dict) -> Config:
     try:
         settings = json.loads(path.read_text())
         others = sorted(settings.keys() ^ {field.name for field in fields(Config)})
-    except FileNotFoundError:
-        raise UsageError(f"{run_dir} holds no run: there is no {CONFIG}") from None
     except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} cannot be read ({error})") from None
+        raise UsageError(f"{run_dir} holds no run: {CONFIG} cannot be read ({error})") from None
     if others:
         raise UsageError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
     saved = read_config(settings, path)

@@ -37,20 +37,13 @@ class Source(NamedTuple):
 def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
     """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be had.
 
-    test_only: the images to train on need not be there; a folder's are left out then.
+    test_only: the images to train on need not be there; of a folder, those to test on stand in for them.
     """
     if name == "shapes":
         return load_shapes()
     if name == "folder":
         return load_folder(Path(data_dir), test_only)
-    source = load_cifar(name, Path(data_dir))
-    for images, labels in (source.train, source.test):
-        if images.shape != (len(labels), 32, 32, 3) or not 0 <= labels.min() <= labels.max() < len(source.class_names):
-            raise UsageError(f"{name} in {data_dir} is not what it should be: delete it")
-    return source
-
-
-# --- CIFAR-10 and CIFAR-100 -------------------------------------------------------------------------
+    return load_cifar(name, Path(data_dir))
 
 
 def load_cifar(name: str, data_dir: Path) -> Source:
@@ -79,9 +72,6 @@ def load_cifar(name: str, data_dir: Path) -> Source:
     )
 
 
-# --- a folder of images -----------------------------------------------------------------------------
-
-
 def load_folder(data_dir: Path, test_only: bool = False) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
@@ -95,7 +85,7 @@ def load_folder(data_dir: Path, test_only: bool = False) -> Source:
             has, lacks = ("test", "train") if name in names else ("train", "test")
             raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
     test = _read_classes(data_dir / "test", names)
-    return Source(Split(*test) if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
+    return Source(test if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
 
 
 def _visible(folder: Path) -> list[str]:
@@ -137,11 +127,11 @@ def read_image(path: str | Path) -> np.ndarray:
 def resize_image(image: Image.Image) -> np.ndarray:
     """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
 
-    What is transparent is white, as in a viewer. Raises ValueError for pixels of no fixed range (modes "I" and "F").
+    What is transparent is white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
     """
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels, of mode {image.mode}, have no fixed range")
+        raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
     transparent = image.info.get("transparency")
     if isinstance(transparent, tuple) and max(transparent) > 255:  # of a 16-bit colour image, read as 8 bits
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
@@ -154,9 +144,6 @@ def resize_image(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB").resize((32, 32)))
-
-
-# --- shapes -----------------------------------------------------------------------------------------
 
 
 # Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.

@@ -33,7 +33,18 @@ class ShiftScaleRotate(A.Affine):
     """A.Affine without shear: the same pictures from the same random numbers, in a quarter of the time.
 
     Its own matrix is a product of six (and another six for bounding boxes); here is the product, worked out.
+    shift_limit, scale_limit: parts of the image's side; rotate_limit: degrees. What comes in is mirrored at the edge.
     """
+
+    def __init__(self, shift_limit: float, scale_limit: float, rotate_limit: float, p: float):
+        super().__init__(
+            translate_percent=(-shift_limit, shift_limit),
+            scale=(1 - scale_limit, 1 + scale_limit),
+            rotate=(-rotate_limit, rotate_limit),
+            keep_ratio=True,
+            border_mode=cv2.BORDER_REFLECT_101,
+            p=p,
+        )
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw shift, scale and angle in A.Affine's order; return the (2, 3) matrix from input to output pixels."""
@@ -52,7 +63,12 @@ class ShiftScaleRotate(A.Affine):
 
 
 class SquareHole(A.CoarseDropout):
-    """A.CoarseDropout with one hole of one size, in a fifth of the time."""
+    """A.CoarseDropout with one hole of size x size pixels, in a fifth of the time."""
+
+    def __init__(self, size: int, fill: tuple[int, ...], p: float):
+        super().__init__(
+            num_holes_range=(1, 1), hole_height_range=(size, size), hole_width_range=(size, size), fill=fill, p=p
+        )
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw the hole's upper left corner, each with the same chance."""

@@ -1,9 +1,11 @@
 """Worker processes that leave signals and words to the main process: open it when a DataLoader's workers misbehave."""
 
+import contextlib
 import multiprocessing.queues
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 
 import cv2
@@ -33,6 +35,17 @@ class QuietDataLoader(DataLoader):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def workers_of(loader: DataLoader) -> Iterator[None]:
+    """End the loader's workers with the block. A notebook keeps an error's traceback, and with it the loader."""
+    try:
+        yield
+    finally:
+        if loader._iterator is not None:  # has been begun, with workers that stay from epoch to epoch
+            loader._iterator._shutdown_workers()
+            loader._iterator = None
 
 
 def start_worker(worker: int) -> None:

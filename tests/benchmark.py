@@ -34,7 +34,7 @@ from extras.speed import keep_freed_memory
 from model import Net
 from tests.plain import BATCH_SIZE, one_epoch, plain_functions
 from train import make_optimizers, train_one_epoch, train_step, validate
-from utils import DTYPES, choose_device, choose_precision, choose_workers, describe_device
+from utils import DTYPES, choose_device, choose_precision, choose_workers, device_name
 
 ROOT = Path(__file__).parent.parent
 ROW = "| {:30} | {:25} | {:34} | {:7} |"
@@ -223,7 +223,7 @@ def main(options):
         keep_freed_memory()
         device = choose_device(options.device)
         options = replace(options, device=str(device), precision=choose_precision(options.precision, device))
-        print(describe_device(device), platform.machine(), options.precision, end=", ")
+        print(device_name(device), platform.machine(), options.precision, end=", ")
         print(f"torch {torch.__version__}, {options.dataset}\n")
         print(ROW.format("", "here", "compared with", "ratio"))
         print(ROW.format("", "", "", "").replace(" ", "-"))

@@ -127,8 +127,8 @@ def refusal(capsys):
 def start(*argv: object, cwd: Path, before: tuple = (), stdout=subprocess.PIPE, **environment: str) -> subprocess.Popen:
     """Start `python train.py ARGUMENTS` itself, in a process group of its own.
 
-    before: what comes between python and train.py. environment: DIE_AT="last.pt" kills it, without warning, at the
-    moment when a file of that name would be replaced: see moments/sitecustomize.py.
+    before: what comes between python and train.py. environment: DIE_AT="write last.pt" kills it, without warning,
+    when a file of that name would be written: see moments/sitecustomize.py.
     """
     paths = os.pathsep.join([str(ROOT / "tests" / "moments"), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Two steps of training, on 7 images and on 3, in float64, where rounding hides nothing.
+"""Two steps of training, on 7 images and on 3, the layers in float64, where rounding hides little.
 
 `torchrun --nproc-per-node 3 -m tests.shared_steps FOLDER` leaves there what each process has in its memory then.
 """

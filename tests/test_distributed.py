@@ -138,7 +138,10 @@ def alone(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cuda:1", "mps"])
 def test_one_device_is_not_for_several_processes(name, alone):
-    with pytest.raises(UsageError, match=f"device '{name}' is not for 1 processes: give --device"), process_group(name):
+    with (
+        pytest.raises(UsageError, match=f"device '{name}' is not for several processes: give --device"),
+        process_group(name),
+    ):
         pass
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
@@ -18,7 +19,7 @@ from model import Net
 from tests.conftest import flags
 from utils import load_checkpoint, save_checkpoint
 
-PICTURES = {"curves.png", "confusion_matrix.png", "misclassified.png", "augmentations.png"}
+PICTURES = {"curves.png", "confusion_matrix.png", "predictions.png", "misclassified.png", "augmentations.png"}
 NAMES = [f"class {number}" for number in range(10)]
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 
@@ -96,7 +97,7 @@ def test_curves_show_both_splits():
     figure = report.plot_curves(ROWS)
     lines = [[list(line.get_ydata()) for line in axes.lines] for axes in figure.axes]
     assert lines == [[[3, 1.5, 1], [2, 1, 2 / 3]], [[10, 20, 30], [20, 40, 60]], [[1, 1 / 2, 1 / 3]]]
-    assert texts(figure) >= {"training", "validation", "Epoch"}
+    assert texts(figure) >= {"train loss", "valid loss", "train accuracy", "valid accuracy", "learning rate", "Epoch"}
 
 
 OTHER = [{**ROWS[0], "valid_loss": 9.0}, *ROWS[1:]]
@@ -110,7 +111,7 @@ def test_curves_are_of_the_checkpoints_own_run_as_far_as_it_went(tmp_path, last,
     checkpoint = {"config": {"dataset": "shapes", "epochs": 3}, "epoch": 1, "metrics": ROWS[:1]}
     report.write_report(tmp_path, Net(), checkpoint, shapes(2), shapes(2), torch.eye(2).log())
     drawn = (tmp_path / "curves.png").read_bytes()
-    report.save_curves(expected, tmp_path)
+    report.save_figure(report.plot_curves(expected), tmp_path / "curves.png")
     assert drawn == (tmp_path / "curves.png").read_bytes()
 
 
@@ -122,7 +123,7 @@ def test_confusions_are_counted_true_by_predicted():
     counts = report.count_confusions(labels, predictions, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
     shown = texts(report.plot_confusions(counts, ["cat", "dog", "eel"]))
-    assert shown >= {"cat", "dog", "eel", "1", "2", "50.0", "100.0", "33.3"}
+    assert shown >= {"cat", "dog", "eel", "1", "2", "cat  50.0 %", "dog  100.0 %", "eel  33.3 %"}
 
 
 @pytest.mark.parametrize(
@@ -162,6 +163,14 @@ def test_mistakes_are_the_most_confident_first_and_the_prediction_is_explained()
         assert np.array_equal(alone, images.images[index])
         assert np.array_equal(below, images.images[index])
         np.testing.assert_allclose(above, heat, atol=1e-5)
+
+
+def test_right_and_wrong_answers_look_different():
+    log_probs = torch.eye(10)[[0, 1, 9]].repeat(10, 1).log_softmax(dim=1)  # labels are 0, 1, 2, ...
+    figure = report.plot_predictions(Net(), shapes(), log_probs, range(3), "Three images")
+    shown = [text for text in figure.findobj(Text) if "true" in text.get_text()]
+    assert [title.get_text() for title in shown] == [f"class {k} 23 %\ntrue: class {min(k, 2)}" for k in (0, 1, 9)]
+    assert [title.get_color() for title in shown] == ["black", "black", "firebrick"]
 
 
 def test_no_mistake_is_a_picture_too(tmp_path):

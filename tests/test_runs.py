@@ -3,14 +3,14 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from PIL import Image
 
+from extras import runs
 from extras.runs import best_row, checkpoint_that_counts
 from model import BlockSpec, Net
 from tests.conftest import ROOT, equal, flags, outcome, start
@@ -146,7 +146,7 @@ def other_network(run: Path) -> None:
     [
         (lambda run: (run / "last.pt").write_bytes(b"PK"), "last.pt is damaged"),
         (other_network, "another architecture than the one in model.py: blocks.0.0.bias.shape is (10,) there, (16,)"),
-        (lambda run: (run / "config.json").unlink(), "holds no run: there is no config.json"),
+        (lambda run: (run / "config.json").unlink(), "holds no run: config.json cannot be read"),
         (lambda run: (run / "config.json").write_text("{"), "config.json cannot be read"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json cannot be read"),
         (lambda run: change_settings(run, epochs=-1), "config.json cannot be used (epochs must be between"),
@@ -199,13 +199,10 @@ def test_folder_that_holds_a_run_is_kept(cli, finished, tiny, refusal):
     assert files(finished) == before
 
 
-def test_second_run_in_the_same_folder_is_refused(cli, copy_of_finished, refusal):
-    code = "import fcntl, sys; lock = open(sys.argv[1], 'w'); fcntl.lockf(lock, 2); print(flush=True); sys.stdin.read()"
-    argv = [sys.executable, "-c", code, copy_of_finished / ".lock"]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        other.stdout.readline()
+def test_second_run_in_the_same_folder_is_refused(cli, copy_of_finished, refusal, monkeypatch):
+    monkeypatch.setattr(runs, "LOCK_TIMEOUT", 0)
+    with FileLock(copy_of_finished / ".lock"):
         assert cli("--resume", copy_of_finished) == 2
-        other.stdin.close()
     assert f"run_dir {copy_of_finished} is in use by another run" in refusal()
     assert cli("--resume", copy_of_finished, "--no-report") == 0
 
@@ -218,9 +215,12 @@ def test_best_epoch_is_the_first_of_equals():
     assert best_row(rows)["epoch"] == 2
 
 
-def test_best_counts_only_if_held_out_images_chose_it(finished):
-    assert checkpoint_that_counts(finished, valid_split=0.0).name == "last.pt"
-    assert checkpoint_that_counts(finished, valid_split=0.1).name == "best.pt"
+def test_best_counts_only_if_held_out_images_chose_it(copy_of_finished):
+    assert checkpoint_that_counts(copy_of_finished).name == "last.pt"
+    last = load_checkpoint(copy_of_finished / "last.pt")
+    last["config"]["valid_split"] = 0.1
+    save_checkpoint(copy_of_finished / "last.pt", last)
+    assert checkpoint_that_counts(copy_of_finished).name == "best.pt"
 
 
 def test_continued_run_says_that_its_best_checkpoint_is_gone_and_tests_the_last(cli, tiny, narrow, capsys):

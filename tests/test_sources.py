@@ -164,7 +164,7 @@ def test_folder_is_what_a_source_promises(folder):
         (lambda path: path.write_bytes(b"text"), "damaged, or no image"),
         (lambda path: path.write_bytes(path.read_bytes()[:-200]), "damaged, or no image"),
         (lambda path: path.unlink() or os.mkfifo(path), "not a file"),  # to open a pipe would wait for ever
-        (lambda path: Image.new("F", (32, 32)).save(path, "TIFF"), "its pixels, of mode F, have no fixed range"),
+        (lambda path: Image.new("F", (32, 32)).save(path, "TIFF"), "an image.s pixels, of mode F, have no fixed range"),
     ],
 )
 def test_file_that_is_no_image_is_named(folder, damage, why):

@@ -19,7 +19,7 @@ from utils import (
     choose_precision,
     choose_workers,
     load_checkpoint,
-    make_deterministic,
+    numerics,
     save_checkpoint,
     seed_torch,
     with_progress,
@@ -70,10 +70,11 @@ def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, process
 def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     for deterministic in (True, False):
-        make_deterministic(deterministic)
-        assert torch.are_deterministic_algorithms_enabled() == deterministic
-        assert torch.backends.cudnn.benchmark != deterministic
-        assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+        with numerics(deterministic):
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
+            assert torch.backends.cudnn.benchmark != deterministic
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+    assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
 

@@ -2,12 +2,17 @@ import multiprocessing
 import resource
 import socket
 import time
+from dataclasses import replace
 from multiprocessing.resource_sharer import DupFd
+from unittest.mock import Mock
 
 import albumentations as A
 import numpy as np
 import pytest
+import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+import train
 from dataset import ImageDataset, make_loader
 from extras.sources import SHAPES, draw_shapes
 from extras.transforms import RepeatableCompose
@@ -51,3 +56,13 @@ def test_batch_that_cannot_be_handed_over_is_an_error_and_not_waited_for():
 @pytest.mark.filterwarnings("error")
 def test_more_workers_than_cores_are_nobodys_mistake():
     shapes(num_workers=200)
+
+
+def test_interrupted_run_leaves_no_worker_and_no_setting_in_a_notebook(tiny, tmp_path, monkeypatch):
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_get_data", interrupt)  # while it waits for a batch
+    with pytest.raises(KeyboardInterrupt) as kept:  # a traceback that is kept keeps the loader
+        train.main(replace(tiny, run_dir=str(tmp_path / "run"), num_workers=1, deterministic=True))
+    assert kept.tb
+    assert not multiprocessing.active_children()
+    assert not torch.are_deterministic_algorithms_enabled()
