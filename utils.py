@@ -24,6 +24,7 @@ from config import Config, RunStopped, UsageError
 from extras.distributed import sum_over_processes
 from extras.files import write_atomically
 
+FORMAT = "s8erav3-2"  # of the checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,20 +104,21 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def numerics(deterministic: bool) -> Iterator[None]:
-    """Let float32 be float32 on CUDA, where torch's default for convolutions is TF32, of 10 bits.
+    """For the block, let float32 be float32 on CUDA, where torch's default for convolutions is TF32, of 10 bits.
 
-    deterministic: for the block, allow only operations that give the same bits every time; those of the CPU always do.
+    deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    torch.backends.cudnn.benchmark = not deterministic  # cuDNN tries its algorithms, and takes the fastest
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    cudnn.conv.fp32_precision, cudnn.benchmark = "ieee", not deterministic  # benchmark: cuDNN takes its fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(deterministic)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        cudnn.conv.fp32_precision, cudnn.benchmark, deterministic = before
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
@@ -184,9 +186,6 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
                 average = meter.local_average()
                 bar.set_postfix(accuracy=f"{average['accuracy']:.3f}", loss=f"{average['loss']:.4f}")
                 looked = time.monotonic()
-
-
-FORMAT = "s8erav3-2"
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
