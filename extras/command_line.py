@@ -1,17 +1,19 @@
 """What stands after ``python train.py``: open it to add a flag that is no setting of config.py."""
 
+import argparse
 import contextlib
 import difflib
+import inspect
 import os
+import re
 import signal
 import sys
 import traceback
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
-import simple_parsing
 from torch import distributed as dist
 
 from config import Config, UsageError, check, config
@@ -34,84 +36,96 @@ GIVEN_WITH = {
 }
 
 
-class _HelpFormatter(simple_parsing.SimpleHelpFormatter):
-    """A line for each setting where the terminal is wide enough; no "(default: )" where there is none."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=42)
-
-    def _get_help_string(self, action):
-        action.help = action.help.replace("%", "%%").replace("%%%%", "%%")  # a comment may hold any character
-        return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
-
-
-class _Parser(simple_parsing.ArgumentParser):
-    """argparse with fields of a dataclass as flags; errors are one line on stderr, exit code 2."""
+class _Parser(argparse.ArgumentParser):
+    """argparse, but that an error is one line on stderr, without the usage."""
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
-    def format_help(self) -> str:
-        return super().format_help().replace("Config ['config']:", "settings:")
+
+def to_flag(name: str) -> str:
+    """Return the flag of a field of Config: "batch_size" is "--batch-size"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def to_bool(text: str) -> bool:
+    """Return what the words "true" and "false" say; raise ArgumentTypeError for another."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() == "true"
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Give the parser a flag for each field of Config, with the comment beside it as help."""
+    comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)", inspect.getsource(Config), re.MULTILINE))
+    settings = parser.add_argument_group("settings")
+    for name, kind in get_type_hints(Config).items():
+        if get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+        elif kind is bool:
+            options = {
+                "type": to_bool,
+                "metavar": "true|false",
+                "nargs": "?",
+                "const": True,
+            }
+        else:
+            options = {"type": kind, "metavar": kind.__name__.upper()}
+        text = f"{comments.get(name, '')} (default: {getattr(config, name)!r})".replace("%", "%%")
+        settings.add_argument(to_flag(name), default=argparse.SUPPRESS, help=text, **options)
 
 
 def make_parser() -> _Parser:
-    """Return the parser; simple_parsing makes a flag of each field of Config, with the comment beside it as help."""
+    """Return the parser of the command line; a mistake in config.py ends the program as a wrong flag does."""
     parser = _Parser(
         prog="train.py",
         usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--predict IMAGE ...] [--SETTING VALUE ...]",
         description="Train the 138,666-parameter network on CIFAR-10.",
-        formatter_class=_HelpFormatter,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42),
         allow_abbrev=False,
-        add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     modes.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
-    parser.add_argument("--no-report", action="store_true", help="draw no pictures and write no report.md")
+    parser.add_argument("--no-report", action="store_false", dest="report", help="draw no pictures, write no report.md")
     try:
         check(config)
-        parser.add_arguments(Config, dest="config", default=config)
     except UsageError as error:
         parser.error(f"config.py: {error}")
-    except Exception as error:  # simple_parsing's own
-        parser.error(f"config.py: a field's type cannot become a flag ({error})")
+    add_settings(parser)
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; a wrong one ends the program with one line on stderr and exit code 2.
 
     The result has `config` and `given`, the fields of it that stand on the command line with their values; `resume`,
     `evaluate`, `predict` (images; `evaluate` names the checkpoint then) and `tta`; `report`: whether to draw pictures.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = make_parser()
+    parser, names = make_parser(), [field.name for field in fields(Config)]
     arguments, unknown = parser.parse_known_args(argv)
-    flags = {f"--{field.name.replace('_', '-')}": field.name for field in fields(Config)}
     if unknown:
+        flags = [to_flag(name) for name in names]
         short = [flag for flag in flags if "--" + "".join(word[0] for word in flag[2:].split("-")) == unknown[0]]
         nearest = short or difflib.get_close_matches(unknown[0], [*flags, *MODES], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {unknown[0]}: {hint}")
-    words = {word.split("=")[0] for word in argv}
-    given = {flag: name for flag, name in flags.items() if words & {flag, flag.replace("--", "--no", 1)}}
+    arguments.given = {name: value for name, value in vars(arguments).items() if name in names}
+    arguments.config = replace(config, **arguments.given)
     for mode, allowed in GIVEN_WITH.items():
-        for flag, name in given.items():
+        for name in arguments.given:
             if getattr(arguments, mode) is not None and name not in allowed:
-                parser.error(f"{flag} cannot be given with --{mode}")
+                parser.error(f"{to_flag(name)} cannot be given with --{mode}")
     if arguments.tta and (arguments.evaluate is None or arguments.predict):
         parser.error("--tta goes with --evaluate PATH only")
-    if arguments.predict and (arguments.resume is not None or arguments.no_report):
+    if arguments.predict and (arguments.resume is not None or not arguments.report):
         parser.error("--predict goes with --evaluate PATH only")
     if arguments.predict and arguments.evaluate is None:
         arguments.evaluate = str(WEIGHTS)
     if arguments.resume and Path(arguments.resume).name == LAST:
         arguments.resume = str(Path(arguments.resume).parent)
-    arguments.given = {name: getattr(arguments.config, name) for name in given.values()}
-    arguments.report = not arguments.no_report
     return arguments
 
 
@@ -173,7 +187,7 @@ def run(main: Callable[..., None]) -> None:
     sys.exit(code)
 
 
-def carry_out(arguments: Namespace, config: Config, main: Callable[..., None]) -> None:
+def carry_out(arguments: argparse.Namespace, config: Config, main: Callable[..., None]) -> None:
     """Train, continue, evaluate or predict. Evaluation and prediction are the work of one process."""
     keep_freed_memory()
     if arguments.resume is not None:

@@ -8,6 +8,7 @@ process. Everything is measured in one run, in turn, so that what else the machi
 the median over the rounds, with their spread. Augmentation has the specification's probabilities (0.3) on both sides.
 """
 
+import argparse
 import functools
 import multiprocessing
 import operator
@@ -19,10 +20,9 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import simple_parsing
 import torch
 from torch import distributed as dist
 
@@ -233,5 +233,8 @@ def main(options):
 
 
 if __name__ == "__main__":
-    options = simple_parsing.parse(Options, add_option_string_dash_variants=simple_parsing.DashVariant.DASH)
+    parser = argparse.ArgumentParser()
+    for field in fields(Options):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    options = Options(**vars(parser.parse_args()))
     shared_epochs(options) if dist.is_torchelastic_launched() else main(options)

@@ -32,7 +32,8 @@ def test_without_arguments_the_edited_instance_counts(monkeypatch):
     assert parse_args([]).config == edited
 
 
-def test_every_field_is_a_flag_with_its_comment_as_help(capsys):
+def test_every_field_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:
         parse_args(["--help"])
     assert stop.value.code == 0
@@ -40,6 +41,7 @@ def test_every_field_is_a_flag_with_its_comment_as_help(capsys):
     for field in fields(Config):
         assert re.search(rf"^  --{field.name.replace('_', '-')}\b", text, re.MULTILINE)
     assert "images per step (default: 128)" in text
+    assert "SGD looks ahead by one momentum step (default: True)" in text
 
 
 def test_flags_set_fields_of_their_type():
@@ -59,10 +61,9 @@ def test_flags_set_fields_of_their_type():
         ("--qqqqqqq", "unknown argument --qqqqqqq: see --help"),
         ("--epochs many", "--epochs: invalid int value: 'many'"),
         ("--dataset cifar11", "cifar10"),
-        ("--nesterov maybe", "--nesterov"),
+        ("--nesterov maybe", "--nesterov: true or false, not 'maybe'"),
         ("--resume x --evaluate y", "not allowed with"),
         ("--resume x --seed 1", "--seed cannot be given with --resume"),
-        ("--resume x --nonesterov", "--nesterov cannot be given with --resume"),
         ("--evaluate x --epochs 1", "--epochs cannot be given with --evaluate"),
         ("--predict a.png --epochs 1", "--epochs cannot be given with --predict"),
         ("--predict a.png --resume x", "--predict goes with --evaluate PATH only"),
