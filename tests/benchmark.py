@@ -209,7 +209,7 @@ def two_processes(options):
         for count, so_far in times.items():
             torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python")
             argv = [sys.executable, *torchrun, *PYTHON, "-m", "tests.benchmark", *sys.argv[1:]]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
             out = subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
             so_far += map(float, out.split())
     one, two = (rate(options.images, so_far) for so_far in times.values())

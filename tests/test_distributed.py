@@ -32,7 +32,7 @@ SETTINGS = {"batch_size": 7, "valid_split": 0.7, "epochs": 3}
 def start_several(count, *argv, cwd, **environment):
     """Start train.py in so many processes."""
     before = (*TORCHRUN, str(count))
-    return start(*argv, "--no-report", cwd=cwd, before=before, QUICK_END="yes", **environment)
+    return start(*argv, "--no-report", cwd=cwd, before=before, QUICK_END="yes", PYTHONFAULTHANDLER="1", **environment)
 
 
 def end(process):
@@ -55,7 +55,8 @@ def runs(tiny, tmp_path_factory):
 def test_several_processes_train_as_one_does(tmp_path):
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "moments")))
     command = [sys.executable, *TORCHRUN, "3", "-m", "tests.shared_steps", tmp_path]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths, "QUICK_END": "yes"})
+    seen = {"QUICK_END": "yes", "PYTHONFAULTHANDLER": "1"}  # a process that aborts says where
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths, **seen})
     one, parts = two_steps(), [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     assert all(equal(dict(part["weights"]), dict(parts[0]["weights"])) for part in parts)
     for name, weight in one["weights"].items():
