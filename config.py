@@ -98,7 +98,7 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if get_origin(kind) is Literal:
             if value not in get_args(kind):
-                raise UsageError(f"{name} must be one of {', '.join(get_args(kind))}, not {value!r}")
+                raise UsageError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}")
         elif kind not in (bool, int, float, str):
             raise UsageError(f"{name} must be declared as bool, int, float, str or Literal, not as {kind}")
         elif type(value) is not kind and not (kind is float and type(value) is int):

@@ -120,9 +120,9 @@ class Net(nn.Module):
         image_size: int = 32,
     ):
         super().__init__()
-        if isinstance(blocks, int):
+        if blocks is not None and not isinstance(blocks, Sequence):
             raise TypeError(f"blocks is a table: write Net(num_classes={blocks}) for {blocks} classes")
-        blocks = default_blocks(base_channels) if blocks is None else tuple(blocks)
+        blocks = default_blocks(base_channels) if blocks is None else tuple(BlockSpec(*spec) for spec in blocks)
         sizes = check_blocks(blocks, image_size)
         self.image_size = image_size
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)

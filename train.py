@@ -35,7 +35,8 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     them; biases and BatchNorm are spared.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1] if config.optimizer == "muon" else []
+    mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1 and conv.weight.requires_grad]
+    mixing = mixing if config.optimizer == "muon" else []
     rest = [p for p in net.parameters() if p not in set(mixing)]
     ratio = 10 if mixing else 1
     # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.

@@ -38,7 +38,7 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0][:100]
         raise UsageError(f"device {name!r} cannot be used here ({reason}): name another with --device") from None
     return device
@@ -206,7 +206,7 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises UsageError for a file that is missing, damaged or of another format.
     """
     try:
-        content = Path(path).read_bytes()
+        content = b"" if Path(path).is_fifo() else Path(path).read_bytes()  # to open a pipe would wait for ever
     except OSError as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error.strerror})") from None
     data, digest = content[:-32], content[-32:]

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from config import UsageError
+from extras.failures import warn
 
 
 def describe_network(net: nn.Module) -> dict[str, object]:
@@ -27,14 +28,13 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def load_weights(net: nn.Module, checkpoint: dict) -> None:
-    """Load a checkpoint's weights; raise UsageError, the network unchanged, if they are another network's.
-
-    A checkpoint that does not say what network it is of, an older one, is compared by the shapes of its weights.
-    """
+    """Load a checkpoint's weights; raise UsageError, the network unchanged, if they are another network's."""
     here, there = _shapes(net.state_dict()), _shapes(checkpoint["model"])
     if "network" in checkpoint:
         here |= describe_network(net)
         there |= checkpoint["network"]
+    else:
+        warn("the checkpoint, of an older version, does not say what network it is of: only shapes are compared")
     for key in sorted(here.keys() | there.keys()):
         both = key in here and key in there  # another version of torch may know other options of a module
         if here.get(key) != there.get(key) and (both or key.endswith((".type", ".shape"))):

@@ -1,6 +1,7 @@
 """What stands after ``python train.py``: open it to add a flag that is no setting of config.py."""
 
 import argparse
+import builtins
 import contextlib
 import difflib
 import inspect
@@ -21,10 +22,11 @@ from extras.distributed import first_to_fail, launcher, of_first_process, proces
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
-from extras.runs import LAST, checkpoint_that_counts, describe_progress, resumed_config
+from extras.runs import checkpoint_that_counts, describe_progress, resumed_config
 from extras.speed import keep_freed_memory
 from utils import new_run_dir
 
+IN_NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # or in IPython in a terminal, by %run
 WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
 
 MODES = "--resume", "--evaluate", "--predict", "--tta", "--no-report"
@@ -61,7 +63,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings")
     for name, kind in get_type_hints(Config).items():
         if get_origin(kind) is Literal:
-            options = {"choices": get_args(kind)}
+            options = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif kind is bool:
             options = {
                 "type": to_bool,
@@ -92,9 +94,9 @@ def make_parser() -> _Parser:
     parser.add_argument("--no-report", action="store_false", dest="report", help="draw no pictures, write no report.md")
     try:
         check(config)
-    except UsageError as error:
+        add_settings(parser)
+    except (UsageError, argparse.ArgumentError) as error:
         parser.error(f"config.py: {error}")
-    add_settings(parser)
     return parser
 
 
@@ -107,11 +109,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser, names = make_parser(), [field.name for field in fields(Config)]
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
+        word = unknown[0].partition("=")[0]
         flags = [to_flag(name) for name in names]
-        short = [flag for flag in flags if "--" + "".join(word[0] for word in flag[2:].split("-")) == unknown[0]]
-        nearest = short or difflib.get_close_matches(unknown[0], [*flags, *MODES], n=1)
+        short = [flag for flag in flags if "--" + "".join(word[0] for word in flag[2:].split("-")) == word]
+        nearest = short or difflib.get_close_matches(word, [*flags, *MODES], n=1)
         hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
-        parser.error(f"unknown argument {unknown[0]}: {hint}")
+        parser.error(f"unknown argument {word}: {hint}")
     arguments.given = {name: value for name, value in vars(arguments).items() if name in names}
     arguments.config = replace(config, **arguments.given)
     for mode, allowed in GIVEN_WITH.items():
@@ -124,7 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--predict goes with --evaluate PATH only")
     if arguments.predict and arguments.evaluate is None:
         arguments.evaluate = str(WEIGHTS)
-    if arguments.resume and Path(arguments.resume).name == LAST:
+    if arguments.resume and Path(arguments.resume).is_file():  # of the run's folder
         arguments.resume = str(Path(arguments.resume).parent)
     return arguments
 
@@ -141,7 +144,8 @@ def set_up_output() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a notebook's takes everything
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    os.environ.pop("MPLBACKEND", None)  # a notebook's would be looked for here, and no picture is shown
+    if not IN_NOTEBOOK:
+        os.environ.pop("MPLBACKEND", None)  # of the notebook that started this: it may not be there, nor is it needed
 
 
 def run(main: Callable[..., None]) -> None:
@@ -175,7 +179,7 @@ def run(main: Callable[..., None]) -> None:
         code, message = failure or (1, traceback.format_exc())
         resumable = getattr(error, "resumable", True)
     finally:
-        if "ipykernel" in sys.modules:  # a notebook lives on
+        if IN_NOTEBOOK:  # it lives on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.

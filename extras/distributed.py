@@ -38,6 +38,8 @@ def process_group(device: str) -> Iterator[None]:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
+    if device != "cpu" and torch.cuda.is_available() and not cuda:
+        raise UsageError("several processes on CUDA need nccl, which this torch is without: give --device cpu")
     if device != "cpu" and cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     yield

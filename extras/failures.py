@@ -39,31 +39,35 @@ def only_warn(what: str) -> Iterator[None]:
         warn(f"{what} cannot be drawn ({type(error).__name__}: {str(error).partition(chr(10))[0][:150]})")
 
 
-SHARED_MEMORY_FULL = "shared memory|/dev/shm|Bus error|torch_shm|exit code 75"  # 75: see workers.py
+SHARED_MEMORY_FULL = "shared memory|/dev/shm|Bus error|torch_shm|</torch_|exit code 75"  # 75: see workers.py
 OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|C(UBLAS|UDNN)_STATUS_ALLOC_FAILED"
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
     """Return exit code and message for a user's mistake or what befell the run; None for a mistake of ours."""
-    whole = str(error)
-    text = whole.partition("\n")[0]
+    whole = " ".join(str(error).splitlines())
+    text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
-        return 2, f"error: {text}"
+        return 2, f"error: {whole}"
     if isinstance(error, Stop):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):
-        return 1, f"stopped: {text}"
+        return 1, f"stopped: {whole}"
     if isinstance(error, BrokenPipeError):
         return 1, "stopped: nobody reads the output any more"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return 1, "stopped: the output cannot be written, there is no space left"
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in whole):
-        return 1, f"stopped: another process of the run died or does not answer ({text})"
+        return 1, f"stopped: another process of the run died or does not answer ({whole[:800]})"
     if isinstance(error, (MemoryError, RuntimeError)) and re.search(SHARED_MEMORY_FULL, whole):
         return 1, (
             "stopped: no shared memory is left for the processes that augment: give Docker --shm-size 1g, or "
             "fewer --num-workers, or a smaller --batch-size in a new run"
         )
+    if isinstance(error, (OSError, RuntimeError)) and "Too many open files" in whole:
+        return 1, "stopped: too many open files: raise the limit (ulimit -n 65536), or give fewer --num-workers"
+    if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EAGAIN):
+        return 1, "stopped: no memory or no process is left for those that augment: give fewer --num-workers"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, whole)):
         return 1, "stopped: out of memory; a new run needs a smaller --batch-size"
     worker_died = isinstance(error, RuntimeError) and re.match("DataLoader worker|Pin memory thread", text)

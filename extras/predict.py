@@ -31,8 +31,9 @@ class Prediction(NamedTuple):
 def load_network(path: str | Path) -> tuple[Net, dict]:
     """Return the network of a checkpoint, in evaluation mode on the CPU, and the checkpoint. Raises UsageError."""
     checkpoint = load_checkpoint(path)
+    dropout = checkpoint.get("config", {}).get("dropout", 0.0)
     with torch.random.fork_rng(devices=[]):  # the first weights, drawn in vain, must not move a notebook's generator
-        net = Net(num_classes=len(checkpoint["class_names"]), dropout=0.0)
+        net = Net(num_classes=len(checkpoint["class_names"]), dropout=dropout)
     load_weights(net, checkpoint)
     return net.to(memory_format=torch.channels_last).eval(), checkpoint
 

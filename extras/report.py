@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from config import UsageError
 from dataset import ImageDataset
+from extras.failures import only_warn
 from extras.files import write_atomically
 from extras.runs import LAST
 from utils import load_checkpoint
@@ -95,14 +96,16 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
         warnings.simplefilter("ignore")  # of tqdm in a notebook
         from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
-    spatial = []
+    used, spatial = [], []
 
     def remember(layer: nn.Module, args: tuple, out: object) -> None:
+        used.append(layer)
         if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
             spatial.append(layer)
 
     with register_module_forward_hook(remember), torch.no_grad():
         net.eval()(images)
+    spatial = [layer for layer in spatial if used.count(layer) == 1]  # captum cannot tell two uses apart
     if not spatial:
         return torch.zeros(len(images), *images.shape[2:])
     parts = LayerGradCam(net, spatial[-1]).attribute(images, targets, relu_attributions=True).detach()
@@ -195,13 +198,17 @@ def write_report(
         last = load_checkpoint(folder / LAST)
         rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
-    save_figure(plot_curves(rows), folder / CURVES)
-    save_figure(plot_confusions(counts, test.class_names), folder / CONFUSION)
     first = range(min(20, len(test)))
-    figure = plot_predictions(net, test, log_probs, first, f"The first {len(first)} test images")
-    save_figure(figure, folder / PREDICTIONS)
-    save_figure(plot_mistakes(net, test, log_probs), folder / MISTAKES)
-    save_figure(plot_augmentations(train), folder / AUGMENTATIONS)
+    drawings = {
+        CURVES: lambda: plot_curves(rows),
+        CONFUSION: lambda: plot_confusions(counts, test.class_names),
+        PREDICTIONS: lambda: plot_predictions(net, test, log_probs, first, f"The first {len(first)} test images"),
+        MISTAKES: lambda: plot_mistakes(net, test, log_probs),
+        AUGMENTATIONS: lambda: plot_augmentations(train),
+    }
+    for name, draw in drawings.items():
+        with only_warn(name):
+            save_figure(draw(), folder / name)
     loss = F.nll_loss(log_probs.double(), test.labels).item()
     write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode(errors="backslashreplace"))
 

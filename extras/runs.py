@@ -30,7 +30,7 @@ LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live, and keep its loc
 
 def refuse_second_use(run_dir: str) -> None:
     """Raise UsageError if the folder holds a run already."""
-    if any(Path(run_dir, name).exists() for name in (CONFIG, LAST)):
+    if any(Path(run_dir, name).exists() for name in (CONFIG, LAST, BEST)):
         raise UsageError(f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another")
 
 
@@ -41,7 +41,7 @@ class Run:
         self.config, self.folder, self.rank, self.report = config, Path(config.run_dir), rank, report
         self.drawn = -math.inf  # when the curves were drawn last
         digest = hashlib.sha256()
-        for dataset in (data.train, data.valid):
+        for dataset in data:
             digest.update(dataset.images.numpy())
             digest.update(dataset.labels.numpy())
         # What a checkpoint says beside what an epoch changes.
@@ -62,6 +62,7 @@ class Run:
         Raises UsageError, with the network unchanged, for a checkpoint of other images or another network.
         """
         rows = []
+        self.facts["network"] = describe_network(net)  # now: what counts its calls is another one after them
         if (self.folder / LAST).exists():
             checkpoint = load_checkpoint(self.folder / LAST)
             self._compare(checkpoint)
@@ -74,10 +75,11 @@ class Run:
             print(f"Continuing after epoch {len(rows)}")
             if self.rank == 0:
                 self._follow_last(checkpoint)
+                checkpoint_that_counts(self.folder)  # which says so if it is gone
+        elif (self.folder / BEST).exists():
+            raise UsageError(f"{self.folder / LAST} is gone, and the run cannot be continued without it")
         if self.rank == 0:
             write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
-            if rows and self.config.valid_split > 0 and checkpoint_that_counts(self.folder).name != BEST:
-                warn(f"{BEST} is gone or damaged: unless a coming epoch is better, the last one's network is tested")
         return rows
 
     def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler) -> None:
@@ -88,7 +90,6 @@ class Run:
         if self.rank > 0:
             return
         states = {
-            "network": describe_network(net),
             "model": net.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
@@ -97,7 +98,7 @@ class Run:
         save_checkpoint(self.folder / LAST, checkpoint)
         self._follow_last(checkpoint)
         if self.report and time.monotonic() - self.drawn > 5:  # on a GPU an epoch is faster than its picture
-            with only_warn("the curves"):
+            with only_warn("curves.png"):
                 from extras.report import CURVES, plot_curves, save_figure  # here: matplotlib is slow to import
 
                 save_figure(plot_curves(rows), self.folder / CURVES)
@@ -156,9 +157,11 @@ def checkpoint_that_counts(run_dir: str | Path) -> Path:
     """Return a run's checkpoint to test: best.pt if held-out images chose it and it can be read, else last.pt."""
     last, best = Path(run_dir, LAST), Path(run_dir, BEST)
     if load_checkpoint(last)["config"]["valid_split"] > 0:
-        with contextlib.suppress(UsageError):
+        try:
             load_checkpoint(best)
             return best
+        except UsageError:
+            warn(f"{best} is gone or damaged: {LAST} is tested in its place, until an epoch is better")
     return last
 
 

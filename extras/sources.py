@@ -129,12 +129,16 @@ def resize_image(image: Image.Image) -> np.ndarray:
 
     What is transparent is white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
     """
+    raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
     transparent = image.info.get("transparency")
-    if isinstance(transparent, tuple) and max(transparent) > 255:  # of a 16-bit colour image, read as 8 bits
+    # Pillow makes 8 bits of other depths, but not of the transparent value.
+    if raw == "RGB;16B" and transparent is not None:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
+    if raw in ("L;2", "L;4") and transparent is not None:
+        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[raw]
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
         if pixels.max() < 2**12:

@@ -42,7 +42,8 @@ def test_the_same_network_is_loaded_whatever_its_dropout_and_however_many_proces
     assert equal(dict(net.state_dict()), dict(other.state_dict()))
 
 
-def test_an_older_checkpoint_is_compared_by_its_shapes():
+def test_an_older_checkpoint_is_compared_by_its_shapes_which_is_said(capsys):
     load_weights(Net(), {"model": Net().state_dict()})
+    assert "warning: the checkpoint, of an older version, does not say what network it is" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"classifier.bias.shape is \(9,\) there, \(10,\) here"):
         load_weights(Net(), {"model": Net(num_classes=9).state_dict()})

@@ -16,7 +16,7 @@ import torch
 from torch import distributed as dist
 
 import train
-from config import Config, config
+from config import Config, UsageError, config
 from extras import command_line
 from extras.command_line import parse_args
 from model import Net
@@ -57,7 +57,7 @@ def test_flags_set_fields_of_their_type():
     [
         ("--epoch 3", "unknown argument --epoch: did you mean --epochs?"),
         ("--batch_size 3", "did you mean --batch-size?"),
-        ("--lr 3", "did you mean --learning-rate?"),
+        ("--lr=3", "unknown argument --lr: did you mean --learning-rate?"),
         ("--qqqqqqq", "unknown argument --qqqqqqq: see --help"),
         ("--epochs many", "--epochs: invalid int value: 'many'"),
         ("--dataset cifar11", "cifar10"),
@@ -73,6 +73,7 @@ def test_flags_set_fields_of_their_type():
         ("--momentum 0", "give --nesterov false too"),
         ("--device cud", "device 'cud' cannot be used here"),
         ("--device cuda:99", "device 'cuda:99' cannot be used here"),
+        ("--device hpu", "device 'hpu' cannot be used here"),
         ("--device meta", "cannot be used here (Cannot copy out of meta tensor; no data!): name another with --device"),
         ("--device cpu --precision float16", "float16 needs a CUDA device, not cpu: name another with --precision"),
         ("--dataset shapes --valid-split 0.001", "valid_split 0.001 leaves a class of 120 images with none on one"),
@@ -111,12 +112,18 @@ BUS = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible 
         (MemoryError(), "out of memory; a new run"),
         (RuntimeError("unable to open shared memory object </torch_1> in read-write mode"), "--shm-size"),
         (RuntimeError(BUS), "no shared memory"),
+        (RuntimeError("unable to mmap 7372800 bytes from file </torch_1>: Cannot allocate memory"), "no shared memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "too many open files: raise the limit"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "no process is left"),
         (RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 75."), "no shared memory"),
         (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a process that augments images died"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "a process that augments images died"),
         (EOFError(), "a process that augments images died (its batch broke off)"),
         (OSError(errno.ENOSPC, "No space left on device"), "the output cannot be written, there is no space left"),
-        (dist.DistNetworkError("recvValue failed"), "another process of the run died or does not answer (recvValue"),
+        (
+            dist.DistBackendError("unhandled system error\nLast error:\nNo space left"),
+            "system error Last error: No space",
+        ),
         (RuntimeError(GLOO), "another process of the run died or does not answer"),
     ],
 )
@@ -213,9 +220,23 @@ def test_closed_output_ends_nothing(cli, monkeypatch):
     assert cli() == 0
 
 
-def test_notebook_keeps_its_stop_button(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+def test_notebook_keeps_its_stop_button_and_its_pictures(monkeypatch):
+    monkeypatch.setattr(command_line, "IN_NOTEBOOK", True)
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    before, inside = signal.getsignal(signal.SIGINT), []
-    command_line.run(lambda config, report: inside.append(signal.getsignal(signal.SIGINT)))
-    assert signal.getsignal(signal.SIGINT) == before != inside[0]
+    monkeypatch.setenv("MPLBACKEND", "inline")
+    before = signal.getsignal(signal.SIGINT)
+
+    def fail(config, report):
+        assert signal.getsignal(signal.SIGINT) != before
+        raise UsageError("bad\nname.png is no image")
+
+    with pytest.raises(SystemExit):
+        command_line.run(fail)
+    assert signal.getsignal(signal.SIGINT) == before
+    assert os.environ["MPLBACKEND"] == "inline"
+
+
+def test_message_is_one_line_whatever_a_name_holds(cli, monkeypatch, refusal):
+    monkeypatch.setattr(train, "main", Mock(side_effect=UsageError("bad\nname.png is no image")))
+    assert cli() == 2
+    assert refusal() == "train.py: error: bad name.png is no image\n"

@@ -82,6 +82,7 @@ def check_edited(old, new):
         ("device: str", "gadget: str", "the field device is missing"),
         ("epochs: int = 30", "epochs: list = 30", "epochs must be declared as bool, int, float, str or Literal"),
         ("epochs: int = 30", "epochs: int = 30.0", "epochs must be of type int, not 30.0"),
+        ("epochs: int = 30", "epochs: Literal[16, 32] = 17", "epochs must be one of 16, 32, not 17"),
     ],
 )
 def test_mistake_in_config_py_itself_is_named(old, new, words):

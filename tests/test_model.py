@@ -3,6 +3,7 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,7 +122,9 @@ def test_net_follows_its_arguments():
     ("blocks", "message"),
     [
         (100, r"blocks is a table: write Net\(num_classes=100\) for 100 classes"),
+        (np.int64(5), r"write Net\(num_classes=5\) for 5 classes"),
         ((), "no blocks"),
+        ([(3, 8, 4)], "block 1: layers must be 1, 2 or 3, not 4"),
         ((BlockSpec(3, 8, layers=0),), "block 1: layers must be 1, 2 or 3, not 0"),
         ((BlockSpec(1, 8),), "block 1: in_channels is 1, but the image has 3"),
         ((BlockSpec(3, 8), BlockSpec(9, 8)), "block 2: in_channels is 9, but block 1 has 8"),

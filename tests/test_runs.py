@@ -145,6 +145,7 @@ def other_network(run: Path) -> None:
     ("damage", "words"),
     [
         (lambda run: (run / "last.pt").write_bytes(b"PK"), "last.pt is damaged"),
+        (lambda run: (run / "last.pt").unlink(), "last.pt is gone, and the run cannot be continued without it"),
         (other_network, "another architecture than the one in model.py: blocks.0.0.bias.shape is (10,) there, (16,)"),
         (lambda run: (run / "config.json").unlink(), "holds no run: config.json cannot be read"),
         (lambda run: (run / "config.json").write_text("{"), "config.json cannot be read"),
@@ -233,4 +234,4 @@ def test_continued_run_says_that_its_best_checkpoint_is_gone_and_tests_the_last(
     assert cli("--resume", "run", "--no-report") == 0
     out, err = capsys.readouterr()
     assert re.search(r"Best Valid Acc: 100\.0000 \(epoch 1\)\..+\nTest Loss: ", out)
-    assert err.startswith("train.py: warning: best.pt is gone or damaged: ")
+    assert err.startswith("train.py: warning: run/best.pt is gone or damaged: last.pt is tested in its place")

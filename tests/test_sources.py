@@ -8,7 +8,6 @@ import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -226,12 +225,26 @@ def test_transparent_is_white_and_sixteen_bits_are_scaled(saved, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_transparent_is_white_in_sixteen_bits_of_colour_too(tmp_path):
-    png = cv2.imencode(".png", halves(np.uint16([30_000] * 3), np.uint16([40_000] * 3)))[1].tobytes()
-    chunk = b"tRNS" + np.full(3, 30_000, dtype=">u2").tobytes()  # Pillow and OpenCV write none
-    chunk = (6).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
-    (tmp_path / "deep.png").write_bytes(png[:33] + chunk + png[33:])
-    assert np.array_equal(read_image(tmp_path / "deep.png"), halves(WHITE, [156] * 3))
+@pytest.mark.parametrize(
+    ("bits", "color", "transparent", "other", "seen"),
+    [
+        (2, 0, [1], bytes([0b10101010]) * 8, 170),
+        (4, 0, [5], bytes([0x99]) * 16, 153),
+        (16, 2, [30_000] * 3, np.uint16([40_000] * 96).astype(">u2").tobytes(), 156),
+        (16, 2, [100] * 3, np.uint16([40_000] * 96).astype(">u2").tobytes(), 156),
+    ],
+)
+def test_transparent_is_white_in_other_depths_too(tmp_path, bits, color, transparent, other, seen):
+    def chunk(name, content):
+        return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+    key = np.uint16(transparent).astype(">u2").tobytes()
+    row = key * 32 if bits == 16 else bytes([transparent[0] * (0x11 if bits == 4 else 0b01010101)]) * len(other)
+    header = (32).to_bytes(4, "big") * 2 + bytes([bits, color, 0, 0, 0])
+    pixels = zlib.compress((b"\0" + row) * 16 + (b"\0" + other) * 16)
+    parts = [chunk(b"IHDR", header), chunk(b"tRNS", key), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert np.array_equal(read_image(tmp_path / "deep.png"), halves(WHITE, [seen] * 3))
 
 
 def test_sixteen_bit_grey_that_would_be_black_is_warned_of_once(saved, capsys):

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
+import train
 from config import RunStopped, config
+from extras import predict
 from extras.sources import SHAPES
 from model import Net
 from tests.conftest import equal, flags
@@ -152,6 +154,38 @@ def test_it_learns(net, loader, optimizer):
     optimizers = make_optimizers(net, replace(config, optimizer=optimizer))
     losses = [train_step(net, images[:10], labels[:10], optimizers)[0].item() for _ in range(20)]
     assert losses[-1] < 0.5 < 2 < losses[0]
+
+
+class OwnNet(nn.Module):
+    """A network as people write them: it counts, uses a layer twice, drops values by a function."""
+
+    def __init__(self, num_classes, dropout):
+        super().__init__()
+        self.dropout, self.calls = dropout, 0
+        self.conv, self.relu = nn.Conv2d(3, 8, 3, stride=4), nn.ReLU()
+        self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        self.calls += 1
+        x = F.dropout(self.relu(self.conv(x)), self.dropout, self.training).mean(dim=(2, 3))
+        return F.log_softmax(self.last(self.relu(self.hidden(x))), dim=1)
+
+
+def test_network_of_your_own_lives_as_ours_does(cli, tiny, monkeypatch, capsys):
+    for module in (train, predict):
+        monkeypatch.setattr(module, "Net", OwnNet)
+    assert cli(*flags(tiny, precision="bfloat16", run_dir="run")) == 0
+    accuracy = load_checkpoint("run/last.pt")["metrics"][-1]["valid_accuracy"]
+    assert cli("--resume", "run") == 0
+    assert cli("--evaluate", "run", "--precision", "bfloat16") == 0
+    out, err = capsys.readouterr()
+    assert f"Test Acc: {accuracy:.4f}" in out
+    assert err == ""
+
+
+def test_frozen_weights_are_not_for_muon(net):
+    net.blocks.requires_grad_(False)
+    assert [type(optimizer).__name__ for optimizer in make_optimizers(net, config)] == ["SGD"]
 
 
 def test_network_and_optimizer_of_your_own(loader):

@@ -155,6 +155,12 @@ def seal(path, content):
     path.write_bytes(content + hashlib.sha256(content).digest())
 
 
+def test_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match=r"^checkpoint .+pipe is damaged"):
+        load_checkpoint(tmp_path / "pipe")
+
+
 @pytest.mark.parametrize("content", [[1], {"format": "s8erav3-0"}], ids=["list", "other"])
 def test_other_format_is_refused(tmp_path, content):
     buffer = io.BytesIO()
