@@ -44,6 +44,14 @@ def test_every_field_is_a_flag_with_its_comment_as_help(capsys, monkeypatch):
     assert "SGD looks ahead by one momentum step (default: True)" in text
 
 
+def test_comment_may_hold_any_character(capsys, monkeypatch):
+    monkeypatch.setattr(command_line.inspect, "getsource", lambda _: "    epochs: int = 30  # 50 %(d) of {all} [x]\n")
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"])
+    assert stop.value.code == 0
+    assert "50 %(d) of {all} [x] (default: 30)" in capsys.readouterr().out
+
+
 def test_flags_set_fields_of_their_type():
     arguments = parse_args(["--batch-size=64", "--learning-rate", "1", "--schedule", "cosine", "--nesterov", "false"])
     given = {"batch_size": 64, "learning_rate": 1.0, "schedule": "cosine", "nesterov": False}

@@ -1,6 +1,8 @@
 import copy
 import re
 import runpy
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -154,6 +156,14 @@ def test_network_can_be_exported_for_any_number_of_images(kind):
         exported = torch.fx.symbolic_trace(net)
     for images in (x, x[:2]):
         torch.testing.assert_close(exported(images), net(images))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGPIPE"), reason="Windows has no such signal")
+def test_output_may_be_cut_short():
+    model = subprocess.Popen([sys.executable, ROOT / "model.py"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    model.stdout.close()
+    assert model.stderr.read() == b""
+    assert model.wait() == -signal.SIGPIPE
 
 
 def test_model_imports_only_torch():

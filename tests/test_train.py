@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import train
+import utils
 from config import RunStopped, config
 from extras import predict
 from extras.sources import SHAPES
@@ -172,8 +173,15 @@ class OwnNet(nn.Module):
 
 
 def test_network_of_your_own_lives_as_ours_does(cli, tiny, monkeypatch, capsys):
+    convolutions = set()
+
+    def watched(*args):
+        convolutions.add(torch.backends.cudnn.conv.fp32_precision)
+        return utils.forward(*args)
+
     for module in (train, predict):
         monkeypatch.setattr(module, "Net", OwnNet)
+        monkeypatch.setattr(module, "forward", watched)
     assert cli(*flags(tiny, precision="bfloat16", run_dir="run")) == 0
     accuracy = load_checkpoint("run/last.pt")["metrics"][-1]["valid_accuracy"]
     assert cli("--resume", "run") == 0
@@ -181,6 +189,14 @@ def test_network_of_your_own_lives_as_ours_does(cli, tiny, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert f"Test Acc: {accuracy:.4f}" in out
     assert err == ""
+    assert convolutions == {"ieee"}  # float32 is no TF32 on CUDA
+
+
+def test_every_parameter_is_moved_by_one_optimizer(net):
+    net.scale = nn.Parameter(torch.ones(()))
+    groups = [group for optimizer in make_optimizers(net, config) for group in optimizer.param_groups]
+    moved = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(moved) == sorted(map(id, net.parameters()))
 
 
 def test_frozen_weights_are_not_for_muon(net):
