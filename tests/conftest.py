@@ -89,6 +89,12 @@ def cli(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+@pytest.fixture
 def narrow(monkeypatch):
     """Let runs in this process train a network of an eighth of the width, in a third of the time."""
     for module in (train, predict):  # where a run makes it, and where it is loaded again
