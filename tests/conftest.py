@@ -22,6 +22,7 @@ from PIL import Image
 import train
 from config import Config, config
 from extras import command_line, predict
+from extras.failures import warn
 from extras.sources import SHAPES, draw_shapes
 from model import Net
 from utils import load_checkpoint
@@ -86,6 +87,12 @@ def cli(monkeypatch, tmp_path):
         return 0
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_new():
+    """Let each test see its warnings, of which a process prints each only once."""
+    warn.cache_clear()
 
 
 @pytest.fixture
