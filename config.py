@@ -16,7 +16,7 @@ class Config:
 
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
-    shift_limit: float = 0.125  # part of the image's side, in any direction, in whole pixels
+    shift_limit: float = 0.125  # part of the image's side, in any direction, cut to whole pixels
     scale_limit: float = 0.1  # at most this part larger or smaller
     rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour

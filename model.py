@@ -166,7 +166,7 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
         if image_size == 1 and spec.last != "unpadded":
-            raise ValueError(f"block {number}: a 1x1 image is left, and BatchNorm needs more than one value")
+            raise ValueError(f"block {number}: a 1x1 image is left, and BatchNorm cannot train on a batch of one")
         sizes.append(image_size)
     return sizes
 

@@ -20,7 +20,7 @@ from extras import command_line
 from extras.distributed import first_rank_first, share_training, sum_gradients
 from extras.evaluate import finish
 from extras.muon import Muon
-from extras.runs import open_run, refuse_second_use
+from extras.runs import open_run
 from extras.speed import compile_in_place
 from extras.workers import workers_of
 from model import Net, print_summary
@@ -62,6 +62,7 @@ def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] 
         return (1 + math.cos(math.pi * progress)) / 2
     if schedule == "constant":
         return 1.0
+    assert schedule == "plateau", f"schedule {schedule!r} has no branch here"
     factor, best, stalled = 1.0, -math.inf, 0
     for accuracy in accuracies:
         best, stalled = (accuracy, 0) if accuracy > best else (best, stalled + 1)
@@ -117,18 +118,16 @@ def train_one_epoch(
     """Take a step for each batch; return {"loss", "accuracy" in percent}.
 
     net: any network that returns log-probabilities; of logits the loss would be wrong, without an error.
-    factors: each step's part of the optimizers' learning rates; the full rates if not given.
-    Both results are averages over the images as they were trained on: augmented, with dropout, before their step.
-    The loss is the same as in `validate`, without smoothing.
+    factors: each step's part of the optimizers' first learning rates; if not given, the rates are left as they are.
+    Both are averages over the images as they were trained on: augmented, before their step; the loss has no smoothing.
     Raises RunStopped for a loss that is not finite; the network is of no use then.
     """
     net.train()
-    factors = [1.0] * len(loader) if factors is None else factors
-    meter = Meter(description, len(factors), next(net.parameters()).device)
+    meter = Meter(description, len(loader), next(net.parameters()).device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for factor, (images, labels) in zip(factors, with_progress(loader, meter), strict=True):
-        for group in groups:
-            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
+    for step, (images, labels) in enumerate(with_progress(loader, meter)):
+        for group in groups if factors is not None else ():
+            group["lr"] = factors[step] * group.setdefault("initial_lr", group["lr"])
         loss, log_probs = train_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
         meter.update(loss, log_probs, labels)
     return meter.average()
@@ -172,8 +171,6 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     print(f"Device: {device_name(device)}, precision {config.precision}, {config.num_workers} workers.")
     print(f"Run: {config.run_dir}", flush=True)
     seed_torch(config.seed)
-    if not resume:
-        refuse_second_use(config.run_dir)
 
     part = {"rank": rank, "world_size": world_size}  # of each batch
     data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
@@ -190,7 +187,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     if config.compile:
         compile_in_place(net, world_size)
 
-    with numerics(config.deterministic), workers_of(loader), open_run(config, data, rank, world_size, report) as run:
+    with numerics(config.deterministic), workers_of(loader), open_run(config, data, resume, report, **part) as run:
         rows = run.restore(net, optimizers, scaler)
         for epoch in range(len(rows) + 1, config.epochs + 1):
             seed_torch(config.seed, epoch, rank)

@@ -79,8 +79,8 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
 
 
 def new_run_dir() -> str:
-    """Return the name of a new run's folder: runs/ and the date and time."""
-    return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
+    """Return the name of a new run's folder: runs/ and the date and time, so exact that no other run has it."""
+    return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f")
 
 
 def resolve(config: Config) -> Config:
@@ -170,9 +170,8 @@ class Meter:
 def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
-    Without a terminal or a notebook there is no bar; the meter is looked at all the same, so that a loss that is not
-    finite is found early. The average is that of this process alone: when it is looked at depends on the clock, so
-    nobody may have to wait for it.
+    Without a terminal or a notebook there is no bar, but a loss that is not finite is found as early. The average is
+    this process's alone: when it is looked at depends on the clock, so nobody may have to wait for it.
     """
     device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied

@@ -1,5 +1,7 @@
 """Which network a checkpoint's weights belong to: open it when a checkpoint is refused as another network's."""
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from config import UsageError
@@ -27,19 +29,19 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple]:
     return {f"{name}.shape": tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def load_weights(net: nn.Module, checkpoint: dict) -> None:
-    """Load a checkpoint's weights; raise UsageError, the network unchanged, if they are another network's."""
+def load_weights(net: nn.Module, checkpoint: dict, path: str | Path) -> None:
+    """Load the weights of a checkpoint, read from path; if they are another network's, load none, raise UsageError."""
     here, there = _shapes(net.state_dict()), _shapes(checkpoint["model"])
     if "network" in checkpoint:
         here |= describe_network(net)
         there |= checkpoint["network"]
     else:
-        warn("the checkpoint, of an older version, does not say what network it is of: only shapes are compared")
+        warn(f"checkpoint {path}, of an older version, does not say what network it is of: only shapes are compared")
     for key in sorted(here.keys() | there.keys()):
         both = key in here and key in there  # another version of torch may know other options of a module
         if here.get(key) != there.get(key) and (both or key.endswith((".type", ".shape"))):
             raise UsageError(
-                f"the checkpoint is of another architecture than the one in model.py: {key} is "
+                f"checkpoint {path} is of another architecture than the one in model.py: {key} is "
                 f"{there.get(key, 'missing')} there, {here.get(key, 'missing')} here"
             )
     net.load_state_dict(checkpoint["model"])

@@ -22,7 +22,7 @@ from extras.distributed import first_to_fail, launcher, of_first_process, proces
 from extras.evaluate import evaluate
 from extras.failures import Stop, describe_failure
 from extras.predict import print_predictions
-from extras.runs import checkpoint_that_counts, describe_progress, resumed_config
+from extras.runs import CHANGEABLE, checkpoint_that_counts, describe_progress, resumed_config
 from extras.speed import keep_freed_memory
 from utils import new_run_dir
 
@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --pred
 MODES = "--resume", "--evaluate", "--predict", "--tta", "--no-report"
 # What may be given beside --resume, --evaluate and --predict; the rest follows from the run or the checkpoint.
 GIVEN_WITH = {
-    "resume": {"epochs", "num_workers", "device", "precision", "data_dir"},
+    "resume": CHANGEABLE,
     "evaluate": {"batch_size", "device", "precision", "data_dir"},
     "predict": set(),
 }
@@ -59,7 +59,7 @@ def to_bool(text: str) -> bool:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Give the parser a flag for each field of Config, with the comment beside it as help."""
-    comments = dict(re.findall(r"^ +(\w+): .*?  # (.*)", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^ +(\w+): .*? # *(.*)", inspect.getsource(Config), re.MULTILINE))
     settings = parser.add_argument_group("settings")
     for name, kind in get_type_hints(Config).items():
         if get_origin(kind) is Literal:
@@ -88,7 +88,7 @@ def make_parser() -> _Parser:
     )
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
-    modes.add_argument("--evaluate", metavar="PATH", help="print a checkpoint's accuracy instead of training")
+    modes.add_argument("--evaluate", metavar="PATH", help="test a checkpoint, or a run's; its report goes beside it")
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_false", dest="report", help="draw no pictures, write no report.md")
@@ -110,10 +110,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].partition("=")[0]
-        flags = [to_flag(name) for name in names]
-        short = [flag for flag in flags if "--" + "".join(word[0] for word in flag[2:].split("-")) == word]
-        nearest = short or difflib.get_close_matches(word, [*flags, *MODES], n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+        flags = [flag.removeprefix("--") for flag in (*map(to_flag, names), *MODES)]
+        short = [flag for flag in flags if "--" + "".join(part[0] for part in flag.split("-")) == word]
+        nearest = short or difflib.get_close_matches(word.removeprefix("--"), flags, n=1)
+        hint = f"did you mean --{nearest[0]}?" if nearest else "see --help"
         parser.error(f"unknown argument {word}: {hint}")
     arguments.given = {name: value for name, value in vars(arguments).items() if name in names}
     arguments.config = replace(config, **arguments.given)

@@ -41,7 +41,10 @@ def process_group(device: str) -> Iterator[None]:
     if device != "cpu" and torch.cuda.is_available() and not cuda:
         raise UsageError("several processes on CUDA need nccl, which this torch is without: give --device cpu")
     if device != "cpu" and cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise UsageError(f"there are {count} CUDA devices for more processes: start fewer, or give --device cpu")
+        torch.cuda.set_device(number)
     yield
     # Only after a clean end: after a failure, nccl would wait for processes that wait for this one.
     wait_for_all()
@@ -99,14 +102,20 @@ def share_training(net: nn.Module, batch_size: int) -> None:
     """Make training in several processes that of one: rank 0's weights, BatchNorm over all images of a batch.
 
     Each image counts the same: a process's mean loss counts by its part of the batch's images. The gradients are
-    summed by sum_gradients. Names and parameters stay. Raises UsageError for a batch with fewer images than processes.
+    summed by sum_gradients. Names and parameters stay. Raises UsageError for a batch with fewer images than processes,
+    a CUDA device that is not the process's own, and a BatchNorm2d without weights or running averages.
     """
+    device = next(net.parameters()).device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise UsageError(f"device {device} is not for several processes: give --device cuda, one each, or cpu")
     if batch_size < dist.get_world_size():
         raise UsageError(f"batch_size {batch_size} is less than an image for each of {dist.get_world_size()} processes")
     for tensor in net.state_dict().values():
         dist.broadcast(tensor, 0)  # another kind of machine might have drawn others
-    for module in net.modules():
+    for name, module in net.named_modules():
         if isinstance(module, nn.BatchNorm2d):
+            if None in (module.weight, module.running_mean, module.momentum):
+                raise UsageError(f"{name} has no weights, running averages or momentum, which several processes need")
             module.__class__ = SharedBatchNorm2d
     net.register_forward_hook(_weigh_by_images)
 

@@ -48,7 +48,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
     whole = " ".join(str(error).splitlines())
     text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
-        return 2, f"error: {whole}"
+        return 2, f"error: {whole.rpartition('UsageError: ')[2]}"  # a worker's comes with its traceback before it
     if isinstance(error, Stop):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):

@@ -34,7 +34,7 @@ def load_network(path: str | Path) -> tuple[Net, dict]:
     dropout = checkpoint.get("config", {}).get("dropout", 0.0)
     with torch.random.fork_rng(devices=[]):  # the first weights, drawn in vain, must not move a notebook's generator
         net = Net(num_classes=len(checkpoint["class_names"]), dropout=dropout)
-    load_weights(net, checkpoint)
+    load_weights(net, checkpoint, path)
     return net.to(memory_format=torch.channels_last).eval(), checkpoint
 
 

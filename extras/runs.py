@@ -26,18 +26,14 @@ from utils import load_checkpoint, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
 LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live, and keep its lock, for five
-
-
-def refuse_second_use(run_dir: str) -> None:
-    """Raise UsageError if the folder holds a run already."""
-    if any(Path(run_dir, name).exists() for name in (CONFIG, LAST, BEST)):
-        raise UsageError(f"run_dir {run_dir} holds a run already: --resume continues it, --run-dir names another")
+# What may change when a run is continued.
+CHANGEABLE = {"epochs", "num_workers", "device", "precision", "data_dir"}
 
 
 class Run:
     """An open run: `restore` continues it, `save` writes an epoch. Of several processes, only rank 0 writes."""
 
-    def __init__(self, config: Config, data: Datasets, rank: int, world_size: int, report: bool):
+    def __init__(self, config: Config, data: Datasets, report: bool, rank: int, world_size: int):
         self.config, self.folder, self.rank, self.report = config, Path(config.run_dir), rank, report
         self.drawn = -math.inf  # when the curves were drawn last
         digest = hashlib.sha256()
@@ -59,16 +55,19 @@ class Run:
     ) -> list:
         """Load the last checkpoint, if an epoch is finished already; return the metrics of each epoch so far.
 
-        Raises UsageError, with the network unchanged, for a checkpoint of other images or another network.
+        Raises UsageError for a checkpoint of other images or settings, of another network or other optimizers.
         """
         rows = []
         self.facts["network"] = describe_network(net)  # now: what counts its calls is another one after them
         if (self.folder / LAST).exists():
             checkpoint = load_checkpoint(self.folder / LAST)
             self._compare(checkpoint)
-            load_weights(net, checkpoint)
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            load_weights(net, checkpoint, self.folder / LAST)
+            try:
+                for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                    optimizer.load_state_dict(state)
+            except ValueError as error:
+                raise UsageError(f"the optimizers are not those that this run began with ({error})") from None
             if checkpoint["scaler"]:  # none of another precision than float16
                 scaler.load_state_dict(checkpoint["scaler"])
             rows = checkpoint["metrics"]
@@ -112,6 +111,10 @@ class Run:
             raise UsageError(f"the images in {where} are not those that this run began with: give --data-dir")
         if self.config.epochs < done:
             raise UsageError(f"epochs cannot become {self.config.epochs}: {done} are done already")
+        for name in sorted(self.facts["config"].keys() - CHANGEABLE - {"run_dir"}):
+            begun, here = checkpoint["config"][name], self.facts["config"][name]
+            if begun != here:
+                raise UsageError(f"{name} is {here!r} in {CONFIG}, and this run began with {begun!r}: put that back")
         if before != now:
             print(f"Note: processes: {before} before, {now} now: no longer bit for bit the undisturbed run")
 
@@ -126,25 +129,30 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, data: Datasets, rank: int = 0, world_size: int = 1, report: bool = True) -> Iterator[Run]:
-    """Create a run's folder, or take the one that is there, and lock it. report: whether curves are drawn.
+def open_run(
+    config: Config, data: Datasets, resume: bool = False, report: bool = True, rank: int = 0, world_size: int = 1
+) -> Iterator[Run]:
+    """Create a run's folder, or take that of a run to resume, and lock it. report: whether curves are drawn.
 
-    Raises UsageError if the folder cannot be written or is in use.
+    Raises UsageError if the folder cannot be written, is in use, or holds another run.
     """
-    run = Run(config, data, rank, world_size, report)
+    run = Run(config, data, report, rank, world_size)
     if rank > 0:
         yield run
         return
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run.folder / ".lock").acquire(timeout=LOCK_TIMEOUT)
+        lock = FileLock(run.folder / ".lock").acquire(timeout=LOCK_TIMEOUT if resume else 0)
     except Timeout:
         raise UsageError(f"run_dir {run.folder} is in use by another run: wait for its end, or name another") from None
     except OSError as error:
         raise UsageError(f"run_dir {run.folder} cannot be written ({error.strerror})") from None
     with lock:
-        for leftover in run.folder.glob("*.tmp"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+        if not resume and any((run.folder / name).exists() for name in (CONFIG, LAST, BEST)):
+            raise UsageError(f"run_dir {run.folder} holds a run: --resume continues it, --run-dir names another")
+        for name in (CONFIG, METRICS, LAST, BEST, "*.png", "report.md"):
+            for leftover in run.folder.glob(f"{name}.*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink(missing_ok=True)
         yield run
 
 

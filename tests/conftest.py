@@ -28,6 +28,8 @@ from model import Net
 from utils import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
+RECIPE = {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.05, "momentum": 0.9, "nesterov": True}
+RECIPE |= {"schedule": "onecycle", "label_smoothing": 0.1}
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,8 @@ def pictures(tmp_path_factory) -> Path:
 def tiny(pictures) -> Config:
     """Settings of a run of two epochs that takes a second or two: replace(tiny, run_dir=..., ...)."""
     small = {"dataset": "folder", "data_dir": str(pictures), "batch_size": 32, "epochs": 2, "dropout": 0.1}
-    return replace(config, **small, num_workers=0, device="cpu", precision="float32")
+    here = {"num_workers": 0, "device": "cpu", "precision": "float32"}
+    return replace(config, **small, **here, **RECIPE)  # whatever config.py says by now
 
 
 def flags(config: Config, **changes) -> list[str]:

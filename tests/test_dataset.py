@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, random_split
+from torch.utils.data import DataLoader, Subset, random_split
 
 from config import UsageError, config
 from dataset import ImageDataset, channel_statistics, hold_out, load_datasets, make_augmentation, make_loader
@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 PROBABILITIES = [name for name in vars(config) if name.endswith("probability")]
-NEVER, ALWAYS = dict.fromkeys(PROBABILITIES, 0.0), dict.fromkeys(PROBABILITIES, 1.0)
+NEVER, HALF, ALWAYS = (dict.fromkeys(PROBABILITIES, probability) for probability in (0.0, 0.5, 1.0))
 
 
 def dataset_of(images, seed, settings):
@@ -71,6 +71,23 @@ def test_dataset_is_a_sequence_and_every_loader_of_torch_gives_the_same_images()
 
 
 # --- what is random ---
+
+
+def test_indices_may_be_tensors_and_no_slice():
+    dataset = shapes(**NEVER)
+    part = DataLoader(Subset(dataset, torch.tensor([3, 5])), batch_size=2)
+    assert [labels.tolist() for _, labels in part] == [[3, 5]]
+    with pytest.raises(TypeError):
+        dataset[2:5]
+
+
+@pytest.mark.parametrize("transform", [A.ToFloat(max_value=255, p=1), A.RandomCrop(30, 30, p=1), A.ToTensorV2(p=1)])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmentation_that_makes_something_else_of_the_images_is_refused(transform, num_workers):
+    dataset = shapes()
+    dataset.augmentation = RepeatableCompose([transform])
+    with pytest.raises(UsageError, match=r"augmentation must keep images \(32, 32, 3\) uint8, not make \w+"):
+        next(iter(make_loader(dataset, 4, num_workers=num_workers)))
 
 
 def test_epoch_has_every_image_once_in_an_order_of_its_own():
@@ -130,7 +147,7 @@ def test_loader_leaves_everybody_elses_random_numbers_alone():
 
 def test_flip_and_hole_are_independent_of_each_other():
     """Each happens half the time, together a quarter: the library's own seeding would tie them."""
-    dataset = copies(2000, shift_scale_rotate_probability=0.0, hole_size=16)
+    dataset = copies(2000, **HALF | {"shift_scale_rotate_probability": 0.0}, hole_size=16)
     picture = copies(1, **NEVER)[0][0]
     images, _ = read(make_loader(dataset, 500))
     same, mirrored = ((images == other).float().mean(dim=(1, 2, 3)) for other in (picture, picture.flip(2)))
@@ -149,10 +166,10 @@ def test_hole_has_the_mean_colour_and_its_size(size):
 
 
 def test_limits_are_those_of_albumentations():
-    settings = {"shift_limit": 0.25, "scale_limit": 0.3, "rotate_limit": 40.0, "coarse_dropout_probability": 0.0}
+    settings = {"shift_limit": 0.25, "scale_limit": 0.3, "rotate_limit": 40.0}
     limits = {"translate_percent": (-0.25, 0.25), "scale": (0.7, 1.3), "rotate": (-40, 40), "keep_ratio": True}
     affine = A.Affine(**limits, border_mode=cv2.BORDER_REFLECT_101, p=0.5)
-    ours, theirs = shapes(**settings), shapes()
+    ours, theirs = shapes(**HALF | settings | {"coarse_dropout_probability": 0.0}), shapes()
     theirs.augmentation = RepeatableCompose([A.HorizontalFlip(p=0.5), affine])
     difference = ours.augment(range(50)).astype(int) - theirs.augment(range(50))
     assert np.abs(difference).max() <= 1

@@ -17,7 +17,7 @@ from torch import nn
 
 from config import Config, UsageError
 from dataset import load_datasets, make_loader
-from extras.distributed import SharedBatchNorm2d, process_group
+from extras.distributed import SharedBatchNorm2d, process_group, share_training
 from extras.predict import load_network
 from tests.conftest import ROOT, equal, flags, outcome, start
 from tests.shared_steps import two_steps
@@ -159,3 +159,9 @@ def test_shared_batchnorm_of_one_process_is_batchnorm(dtype, tolerance, alone):
             gradients = [inputs.grad, *(parameter.grad for parameter in layer.parameters())]
             results.append([trained, *gradients, *layer.buffers(), layer.eval()(x)])
     torch.testing.assert_close(results[1], results[0], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"momentum": None}])
+def test_batchnorm_that_cannot_be_shared_is_refused(options, alone):
+    with process_group("cpu"), pytest.raises(UsageError, match=r"^1 has no weights, running averages or momentum"):
+        share_training(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **options)), 8)

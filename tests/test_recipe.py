@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from config import config
+from tests.conftest import RECIPE
 from train import epoch_factors, make_optimizers, schedule_factor
 
 # --- optimizers ---
 
 
-def test_recipe_of_the_default_settings(net):
+def test_what_each_optimizer_moves_and_how(net):
     names = {weight: name for name, weight in net.named_parameters()}
-    muon, sgd = make_optimizers(net, config)
+    muon, sgd = make_optimizers(net, replace(config, **RECIPE))
     (mixing,), (decayed, spared) = muon.param_groups, sgd.param_groups
     assert (mixing["lr"], mixing["weight_decay"]) == (0.02, 0.05)
     assert sum(weight.numel() for weight in mixing["params"]) == 138_666 - 2_042

@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from PIL import Image
 
+import train
 from extras import runs
 from extras.runs import best_row, checkpoint_that_counts
 from model import BlockSpec, Net
@@ -38,9 +40,10 @@ def test_run_that_was_killed_in_its_first_epoch_begins_anew(finished, copy_of_fi
     for name in ("last.pt", "best.pt", "metrics.csv"):
         (copy_of_finished / name).unlink()
     (copy_of_finished / "last.pt.1234.tmp").touch()  # half written
+    (copy_of_finished / "thesis.tmp").touch()  # somebody else's
     assert cli("--resume", copy_of_finished, "--no-report") == 0
     assert equal(outcome(copy_of_finished), outcome(finished))
-    assert not list(copy_of_finished.glob("*.tmp"))
+    assert [path.name for path in copy_of_finished.glob("*.tmp")] == ["thesis.tmp"]
 
 
 def group_is_gone(group: int) -> bool:
@@ -153,6 +156,10 @@ def other_network(run: Path) -> None:
         (lambda run: change_settings(run, epochs=-1), "config.json cannot be used (epochs must be between"),
         (lambda run: change_settings(run, muon_learning_rate=0.02), "another version (muon_learning_rate differs)"),
         (lambda run: (run / "config.json").write_text('{"epochs": 2}'), "begun by another version (batch_size"),
+        (
+            lambda run: change_settings(run, seed=1),
+            "seed is 1 in config.json, and this run began with 0",
+        ),
         (lambda run: change_settings(run, schedule="constant", epochs=1), "epochs cannot become 1: 2 are done already"),
     ],
 )
@@ -162,6 +169,12 @@ def test_damaged_run_is_refused_and_stays_as_it_is(cli, copy_of_finished, refusa
     assert cli("--resume", copy_of_finished) == 2
     assert words in refusal()
     assert files(copy_of_finished) == before
+
+
+def test_run_with_other_optimizers_is_refused(cli, finished, refusal, monkeypatch):
+    monkeypatch.setattr(train, "make_optimizers", lambda net, config: [torch.optim.SGD(net.parameters(), 0.1)])
+    assert cli("--resume", finished) == 2
+    assert "the optimizers are not those that this run began with" in refusal()
 
 
 def test_schedule_that_was_laid_out_keeps_its_epochs(cli, finished, refusal):
@@ -196,7 +209,7 @@ def test_other_images_are_refused(cli, finished, pictures, refusal, change):
 def test_folder_that_holds_a_run_is_kept(cli, finished, tiny, refusal):
     before = files(finished)
     assert cli(*flags(tiny, run_dir=str(finished), seed=1)) == 2
-    assert f"run_dir {finished} holds a run already: --resume continues it, --run-dir names another" in refusal()
+    assert f"run_dir {finished} holds a run: --resume continues it, --run-dir names another" in refusal()
     assert files(finished) == before
 
 

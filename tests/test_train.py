@@ -131,6 +131,16 @@ def test_network_and_optimizer_of_your_own(loader):
     assert validate(net, loader)["loss"] < first["loss"] / 2
 
 
+def test_rates_of_your_own_schedule_stay(net, loader):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    schedule, seen = torch.optim.lr_scheduler.StepLR(optimizer, 1), []
+    for _ in range(3):
+        train_one_epoch(net, loader, [optimizer])
+        seen.append(optimizer.param_groups[0]["lr"])
+        schedule.step()
+    assert seen == pytest.approx([0.1, 0.01, 0.001])
+
+
 class Waits(TorchDispatchMode):
     """Counts what makes the host wait for an accelerator: that a tensor's value becomes Python's."""
 
@@ -170,7 +180,7 @@ def test_run_prints_the_specifications_log_and_leaves_its_files_in_a_new_folder(
     assert cli(*flags(tiny), "--no-report") == 0
     out, err = capsys.readouterr()
     assert err == ""  # no terminal, no bars
-    told = r"^Device: cpu \(\d+ threads\), precision float32, 0 workers\.\nRun: (runs/[\d-]{10}_[\d-]{8})$"
+    told = r"^Device: cpu \(\d+ threads\), precision float32, 0 workers\.\nRun: (runs/[\d-]{10}_[\d-]{8}\.\d{6})$"
     run = Path(re.search(told, out, re.MULTILINE)[1])
     assert "Total params: 138,666" in out
     columns, *rows = csv.reader((run / "metrics.csv").read_text().splitlines())
@@ -193,6 +203,8 @@ def test_run_prints_the_specifications_log_and_leaves_its_files_in_a_new_folder(
 
 def test_settings_reach_the_training(cli, tiny, narrow):
     changes = [{}, {"seed": 1}, {"label_smoothing": 0.0}, {"dropout": 0.2}, {"precision": "bfloat16"}]
+    changes += [{"optimizer": "sgd"}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"weight_decay": 1.0}]
+    changes += [{"momentum": 0.5}, {"nesterov": False}, {"batch_size": 30}]
     losses = set()
     for number, change in enumerate(changes):
         assert cli(*flags(tiny, epochs=1, **change, run_dir=f"run {number}"), "--no-report") == 0
