@@ -191,7 +191,7 @@ def write_report(
     """Write the pictures of a checkpoint and its network, and report.md, which shows them.
 
     log_probs: (N, num_classes) of the test images. The curves are those of the whole run, if its last checkpoint is
-    in the folder too. Raises RunStopped if they cannot be written.
+    in the folder too. A picture that fails is a warning; raises RunStopped if the page cannot be written.
     """
     rows = checkpoint["metrics"]
     with contextlib.suppress(UsageError):  # a missing or damaged last.pt takes nothing from this checkpoint's report

@@ -37,7 +37,7 @@ class Source(NamedTuple):
 def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
     """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be had.
 
-    test_only: the images to train on need not be there; of a folder, those to test on stand in for them.
+    test_only: of a folder, the images to train on need not be there, and those to test on stand in for them.
     """
     if name == "shapes":
         return load_shapes()
@@ -95,7 +95,7 @@ def _visible(folder: Path) -> list[str]:
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be read as a folder ({error.strerror}): --dataset folder reads "
-            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
+            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE (with --evaluate --no-report only the latter)"
         ) from None
     names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
