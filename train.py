@@ -123,7 +123,7 @@ def train_one_epoch(
     Raises RunStopped for a loss that is not finite; the network is of no use then.
     """
     net.train()
-    meter = Meter(description, len(loader), next(net.parameters()).device)
+    meter = Meter(description, len(factors or loader), next(net.parameters()).device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for step, (images, labels) in enumerate(with_progress(loader, meter)):
         for group in groups if factors is not None else ():
