@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import DataLoader, Subset, random_split
 
 from config import UsageError, config
-from dataset import ImageDataset, channel_statistics, hold_out, load_datasets, make_augmentation, make_loader
-from extras.sources import SHAPES, draw_shapes, load_shapes
+from dataset import ImageDataset, make_augmentation, make_loader
+from extras.sources import SHAPES, draw_shapes
 from extras.transforms import RepeatableCompose
 from tests.conftest import ROOT
 
@@ -70,9 +70,6 @@ def test_dataset_is_a_sequence_and_every_loader_of_torch_gives_the_same_images()
     assert torch.equal(dataset.images, shapes().images)  # the images in memory stay as they are
 
 
-# --- what is random ---
-
-
 def test_indices_may_be_tensors_and_no_slice():
     dataset = shapes(**NEVER)
     part = DataLoader(Subset(dataset, torch.tensor([3, 5])), batch_size=2)
@@ -81,13 +78,7 @@ def test_indices_may_be_tensors_and_no_slice():
         dataset[2:5]
 
 
-@pytest.mark.parametrize("transform", [A.ToFloat(max_value=255, p=1), A.RandomCrop(30, 30, p=1), A.ToTensorV2(p=1)])
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_augmentation_that_makes_something_else_of_the_images_is_refused(transform, num_workers):
-    dataset = shapes()
-    dataset.augmentation = RepeatableCompose([transform])
-    with pytest.raises(UsageError, match=r"augmentation must keep images \(32, 32, 3\) uint8, not make \w+"):
-        next(iter(make_loader(dataset, 4, num_workers=num_workers)))
+# --- what is random ---
 
 
 def test_epoch_has_every_image_once_in_an_order_of_its_own():
@@ -145,6 +136,15 @@ def test_loader_leaves_everybody_elses_random_numbers_alone():
 # --- the augmentation ---
 
 
+@pytest.mark.parametrize("transform", [A.ToFloat(max_value=255, p=1), A.RandomCrop(30, 30, p=1), A.ToTensorV2(p=1)])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_augmentation_that_makes_something_else_of_the_images_is_refused(transform, num_workers):
+    dataset = shapes()
+    dataset.augmentation = RepeatableCompose([transform])
+    with pytest.raises(UsageError, match=r"augmentation must keep images \(32, 32, 3\) uint8, not make \w+"):
+        next(iter(make_loader(dataset, 4, num_workers=num_workers)))
+
+
 def test_flip_and_hole_are_independent_of_each_other():
     """Each happens half the time, together a quarter: the library's own seeding would tie them."""
     dataset = copies(2000, **HALF | {"shift_scale_rotate_probability": 0.0}, hole_size=16)
@@ -173,56 +173,6 @@ def test_limits_are_those_of_albumentations():
     theirs.augmentation = RepeatableCompose([A.HorizontalFlip(p=0.5), affine])
     difference = ours.augment(range(50)).astype(int) - theirs.augment(range(50))
     assert np.abs(difference).max() <= 1
-
-
-# --- splits ---
-
-
-def test_channel_statistics_are_numpys_but_for_a_channel_without_any():
-    images = load_shapes().train.images
-    mean, std = channel_statistics(images)
-    np.testing.assert_allclose(mean, (images / 255).mean(axis=(0, 1, 2)))
-    np.testing.assert_allclose(std, (images / 255).std(axis=(0, 1, 2)))
-    constant = np.full((4, 32, 32, 3), 51, dtype=np.uint8)  # nothing can be divided by its deviation of 0
-    assert channel_statistics(constant) == ((0.2,) * 3, (1.0,) * 3)
-
-
-def test_held_out_images_are_a_part_of_each_class_that_follows_from_the_seed():
-    labels = load_shapes().train.labels
-    held_out, again, other = (hold_out(labels, 0.2, seed) for seed in (1, 1, 2))
-    assert np.bincount(labels[held_out]).tolist() == [24] * 10
-    assert np.array_equal(held_out, again)
-    assert not np.array_equal(held_out, other)
-
-
-def test_split_that_leaves_a_class_nothing_to_train_on_is_refused():
-    with pytest.raises(UsageError, match=r"valid_split 0.9 leaves a class of 4 images with none on one side"):
-        hold_out(np.repeat([0, 1], [50, 4]), 0.9, seed=0)
-
-
-def test_validation_is_on_the_test_images_unless_some_are_held_out():
-    train, valid, test = load_datasets(replace(config, dataset="shapes"))
-    assert len(train) == 1200
-    assert torch.equal(valid.images, test.images)
-
-
-def test_all_parts_are_normalized_alike_and_only_the_training_images_are_augmented():
-    train, valid, test = load_datasets(replace(config, dataset="shapes", valid_split=0.1, **ALWAYS))
-    assert len(torch.cat([train.images, valid.images]).flatten(1).unique(dim=0)) == 1200
-    for part, count, augmented in ((train, 1080, True), (valid, 120, False), (test, 300, False)):
-        assert (len(part), part.class_names) == (count, list(SHAPES))
-        assert (part.mean, part.std) == channel_statistics(train.images.numpy())
-        first, second = (read(make_loader(part, 64), epoch) for epoch in (1, 2))
-        assert torch.equal(first[1], part.labels)
-        assert torch.equal(first[0], second[0]) != augmented
-
-
-def test_one_class_alone_is_refused(tmp_path):
-    for part in ("train", "test"):
-        (tmp_path / part / "cat").mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / part / "cat" / "a.png"), np.zeros((32, 32, 3), dtype=np.uint8))
-    with pytest.raises(UsageError, match="one class only"):
-        load_datasets(replace(config, dataset="folder", data_dir=str(tmp_path)))
 
 
 # --- several processes ---
