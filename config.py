@@ -35,7 +35,7 @@ class Config:
     seed: int = 0  # of weights, order, augmentation and held-out images
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
-    compile: bool = False  # torch.compile: takes up to a minute, then steps can be faster
+    compile: bool = False  # faster steps: on CUDA by a CUDA graph, elsewhere by torch.compile, after up to a minute
     deterministic: bool = False  # repeatable operations only: slower on CUDA; those of the CPU always are
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 

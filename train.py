@@ -6,7 +6,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports below ends without a traceback
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import distributed as dist
@@ -21,7 +21,7 @@ from extras.distributed import first_rank_first, share_training, sum_gradients
 from extras.evaluate import finish
 from extras.muon import Muon
 from extras.runs import open_run
-from extras.speed import compile_in_place
+from extras.speed import compiled
 from extras.workers import workers_of
 from model import Net, print_summary
 from utils import DTYPES, Meter, device_name, forward, numerics, resolve, seed_torch, with_progress
@@ -114,6 +114,7 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
     description: str = "Training",
+    train_step: Callable = train_step,
 ) -> dict[str, float]:
     """Take a step for each batch; return {"loss", "accuracy" in percent}.
 
@@ -184,8 +185,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if world_size > 1:
         share_training(net, config.batch_size)
-    if config.compile:
-        compile_in_place(net, world_size)
+    step = compiled(train_step, net, config, world_size) if config.compile else train_step
 
     with numerics(config.deterministic), workers_of(loader), open_run(config, data, resume, report, **part) as run:
         rows = run.restore(net, optimizers, scaler)
@@ -195,7 +195,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
             factors = epoch_factors(config, epoch, len(loader), [row["valid_accuracy"] for row in rows])
             title = f"Epoch {epoch}/{config.epochs}"
             train = train_one_epoch(
-                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{title} - Training"
+                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{title} - Training", step
             )
             valid = validate(net, valid_loader, dtype, f"{title} - Validation")
             rows.append(summarize(config, epoch, factors[-1], train, valid))

@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 height, width = update.shape
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * max(1, height / width) ** 0.5)
+                weight.sub_(update.view_as(weight) * (group["lr"] * max(1, height / width) ** 0.5))
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:

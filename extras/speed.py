@@ -1,34 +1,93 @@
-"""Faster by settings of torch and of the C library: open it to compile the network, or when memory is short."""
+"""Faster by settings of torch and of the C library: open it to see what --compile does, or when memory is short."""
 
 import ctypes
-import importlib.util
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from config import UsageError
+from config import Config, UsageError
 
 
-def compile_in_place(net: nn.Module, world_size: int = 1) -> None:
-    """Have torch.compile compile the network at its first use; the names of its weights stay.
+def compiled(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
+    """Return what trains with --compile in place of `step`, train.train_step: on CUDA a RecordedStep.
 
-    Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight
-    one. Raises UsageError where what torch.compile needs is missing, a compiler and on CUDA Triton, and for several
-    processes, whose messages cannot be compiled.
+    Elsewhere `step` itself, and torch.compile compiles the network at its first use; the names of its weights stay.
+    Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
+    Raises UsageError where the compiler that torch.compile needs is missing, for float16, whose step waits for the
+    CPU, and for several processes, whose messages cannot be compiled.
     """
-    cuda = next(net.parameters()).device.type == "cuda"
-    usual = "gcc" if cuda else {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CC" if cuda else "CXX", usual)
     if world_size > 1:
         raise UsageError("compile is not for several processes: leave out --compile")
+    if next(net.parameters()).device.type == "cuda":
+        if config.precision == "float16":
+            raise UsageError("compile is for float32 and bfloat16 on CUDA, not for float16: leave out --compile")
+        return RecordedStep(step)
+    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
     if not shutil.which(compiler):
         raise UsageError(f"compile needs a compiler, and there is no {compiler}: install it or leave out --compile")
-    if cuda and not importlib.util.find_spec("triton"):
-        raise UsageError("compile needs Triton on CUDA, and it is not installed: leave out --compile")
     net.compile(dynamic=False)
+    return step
+
+
+class RecordedStep:
+    """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
+
+    The first dozen are taken as they are, while CUDA's libraries make their choices, and so is each batch of another
+    size, an epoch's last. What a call returns is overwritten by the next (Ng et al. 2021,
+    https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+    """
+
+    def __init__(self, step: Callable):
+        self.step, self.steps_before = step, 12
+        self.images = self.graph = None
+
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence, *options) -> tuple:
+        """Take the step; return its loss and log_probs, without their history."""
+        if self.images is None:
+            self.images, self.labels = images.clone(), labels.clone()
+        with torch.cuda.device(images.device):
+            if images.shape != self.images.shape:
+                return self.step(net, images, labels, optimizers, *options)
+            if self.steps_before > 0:
+                self.steps_before -= 1
+                return self.warm_up(net, images, labels, optimizers, *options)
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            if self.graph is None:
+                self.record(groups, net, self.images, self.labels, optimizers, *options)
+            self.images.copy_(images)
+            self.labels.copy_(labels)
+            for rate, group in zip(self.rates, groups, strict=True):
+                rate.fill_(group["lr"])
+            self.graph.replay()
+            return self.result
+
+    def warm_up(self, *args) -> tuple:
+        """Take the step on a stream beside the usual one, as what is to be recorded must be."""
+        usual, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(usual)
+        with torch.cuda.stream(beside):
+            # With its history it would keep nodes of this stream alive, and torch would warn.
+            result = tuple(tensor.detach() for tensor in self.step(*args))
+        usual.wait_stream(beside)
+        return result
+
+    def record(self, groups: list[dict], net: nn.Module, *args) -> None:
+        """Record the step on self.images and self.labels, with learning rates that are tensors; nothing is computed."""
+        numbers = [group["lr"] for group in groups]
+        self.rates = [torch.tensor(rate, device=self.images.device) for rate in numbers]
+        for group, rate in zip(groups, self.rates, strict=True):
+            group["lr"] = rate
+        net.zero_grad()  # the gradients become the graph's own
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread pins memory
+            self.result = tuple(tensor.detach() for tensor in self.step(net, *args))
+        for group, number in zip(groups, numbers, strict=True):
+            group["lr"] = number
 
 
 def keep_freed_memory() -> None:

@@ -7,10 +7,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from config import UsageError
-from extras.speed import compile_in_place, keep_freed_memory
+from config import UsageError, config
+from extras.speed import compiled, keep_freed_memory
 from model import Net
 from tests.conftest import ROOT, flags
+from train import train_step
 from utils import load_checkpoint
 
 
@@ -37,7 +38,7 @@ def test_no_compiler_is_told_before_anything_is_written(cli, tiny, refusal, monk
 
 def test_compile_is_not_for_several_processes():
     with pytest.raises(UsageError, match="compile is not for several processes: leave out --compile"):
-        compile_in_place(Net(), world_size=2)
+        compiled(train_step, Net(), config, world_size=2)
 
 
 KEPT = """
