@@ -77,15 +77,23 @@ class RecordedStep:
         return result
 
     def record(self, groups: list[dict], net: nn.Module, *args) -> None:
-        """Record the step on self.images and self.labels, with learning rates that are tensors; nothing is computed."""
+        """Record the step on self.images and self.labels, with learning rates that are tensors; nothing is computed.
+
+        Raises UsageError for a network whose step waits for the CPU.
+        """
         numbers = [group["lr"] for group in groups]
         self.rates = [torch.tensor(rate, device=self.images.device) for rate in numbers]
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate
         net.zero_grad()  # the gradients become the graph's own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # the loader's thread pins memory
-            self.result = tuple(tensor.detach() for tensor in self.step(net, *args))
+        mode = "thread_local"  # the loader's thread, which pins memory, may go on
+        try:
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode=mode):
+                self.result = tuple(tensor.detach() for tensor in self.step(net, *args))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"this network's step cannot be recorded ({reason}): leave out --compile") from None
         for group, number in zip(groups, numbers, strict=True):
             group["lr"] = number
 
