@@ -21,7 +21,7 @@ from extras.distributed import first_rank_first, share_training, sum_gradients
 from extras.evaluate import finish
 from extras.muon import Muon
 from extras.runs import open_run
-from extras.speed import compiled
+from extras.speed import faster_step
 from extras.workers import workers_of
 from model import Net, print_summary
 from utils import DTYPES, Meter, device_name, forward, numerics, resolve, seed_torch, with_progress
@@ -114,14 +114,14 @@ def train_one_epoch(
     scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
     description: str = "Training",
-    train_step: Callable = train_step,
+    take_step: Callable = train_step,
 ) -> dict[str, float]:
-    """Take a step for each batch; return {"loss", "accuracy" in percent}.
+    """Take a step for each batch; return {"loss", "accuracy" in percent}, averages over the images as trained on.
 
     net: any network that returns log-probabilities; of logits the loss would be wrong, without an error.
     factors: each step's part of the optimizers' first learning rates; if not given, the rates are left as they are.
-    Both are averages over the images as they were trained on: augmented, before their step; the loss has no smoothing.
-    Raises RunStopped for a loss that is not finite; the network is of no use then.
+    take_step: train_step, or what takes the same step in less time.
+    Images are counted augmented and before their step. Raises RunStopped for a loss that is not finite.
     """
     net.train()
     meter = Meter(description, len(factors or loader), next(net.parameters()).device)
@@ -129,7 +129,7 @@ def train_one_epoch(
     for step, (images, labels) in enumerate(with_progress(loader, meter)):
         for group in groups if factors is not None else ():
             group["lr"] = factors[step] * group.setdefault("initial_lr", group["lr"])
-        loss, log_probs = train_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
+        loss, log_probs = take_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
         meter.update(loss, log_probs, labels)
     return meter.average()
 
@@ -185,7 +185,7 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if world_size > 1:
         share_training(net, config.batch_size)
-    step = compiled(train_step, net, config, world_size) if config.compile else train_step
+    take_step = faster_step(train_step, net, config, world_size) if config.compile else train_step
 
     with numerics(config.deterministic), workers_of(loader), open_run(config, data, resume, report, **part) as run:
         rows = run.restore(net, optimizers, scaler)
@@ -193,11 +193,11 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
             seed_torch(config.seed, epoch, rank)
             data.train.set_epoch(epoch)
             factors = epoch_factors(config, epoch, len(loader), [row["valid_accuracy"] for row in rows])
-            title = f"Epoch {epoch}/{config.epochs}"
+            name = f"Epoch {epoch}/{config.epochs}"
             train = train_one_epoch(
-                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{title} - Training", step
+                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{name} - Training", take_step
             )
-            valid = validate(net, valid_loader, dtype, f"{title} - Validation")
+            valid = validate(net, valid_loader, dtype, f"{name} - Validation")
             rows.append(summarize(config, epoch, factors[-1], train, valid))
             run.save(rows, net, optimizers, scaler)
         if rank == 0:

@@ -104,20 +104,20 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def numerics(deterministic: bool) -> Iterator[None]:
-    """For the block, let float32 be float32 on CUDA, where torch's default for convolutions is TF32, of 10 bits.
+    """For the block, let float32 be float32 on CUDA, and not TF32, of 10 bits: torch's default for convolutions.
 
     deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
-    cudnn = torch.backends.cudnn
-    before = cudnn.conv.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
-    cudnn.conv.fp32_precision, cudnn.benchmark = "ieee", not deterministic  # benchmark: cuDNN takes its fastest
+    cudnn, conv, matmul = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark = "ieee", "ieee", not deterministic  # cuDNN's fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(deterministic)
     try:
         yield
     finally:
-        cudnn.conv.fp32_precision, cudnn.benchmark, deterministic = before
+        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, deterministic = before
         torch.use_deterministic_algorithms(deterministic)
 
 

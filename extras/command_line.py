@@ -183,7 +183,7 @@ def run(main: Callable[..., None]) -> None:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
-    if code != 2 and arguments.evaluate is None:
+    if code != 2 and arguments is not None and arguments.evaluate is None:
         message += f"; {describe_progress(run_dir, resumable, launcher())}"
     print(f"train.py: {message}\n", end="", file=sys.stderr, flush=True)  # one piece: torchrun writes there too
     if dist.is_initialized():

@@ -20,7 +20,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look ahead."""
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
@@ -30,13 +30,18 @@ class Muon(torch.optim.Optimizer):
                 average = state["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
-                height, width = update.shape
+                rows, columns = update.shape
+                stretch = max(1, rows / columns) ** 0.5  # a tall matrix, whose outputs are many, takes a longer step
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update.view_as(weight) * (group["lr"] * max(1, height / width) ** 0.5))
+                weight.sub_(update.view_as(weight) * (group["lr"] * stretch))
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the matrix with all its singular values brought near 1: five steps of Jordan's Newton-Schulz iteration."""
+    """Return the matrix with all its singular values brought near 1.
+
+    Five steps of Jordan's Newton-Schulz iteration, x <- a x + b (x x') x + c (x x')^2 x, which brings each singular
+    value s to a s + b s^3 + c s^5.
+    """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)

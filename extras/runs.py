@@ -27,7 +27,7 @@ from utils import load_checkpoint, save_checkpoint
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
 LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live, and keep its lock, for five
 # What may change when a run is continued.
-CHANGEABLE = {"epochs", "num_workers", "device", "precision", "data_dir"}
+CHANGEABLE = {"epochs", "num_workers", "device", "precision", "compile", "data_dir"}
 
 
 class Run:

@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from config import Config, UsageError
 
 
-def compiled(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
-    """Return what trains with --compile in place of `step`, train.train_step: on CUDA a RecordedStep.
+def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
+    """Return what takes the same training step as `step`, train.train_step, in less time: on CUDA a RecordedStep.
 
-    Elsewhere `step` itself, and torch.compile compiles the network at its first use; the names of its weights stay.
-    Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
-    Raises UsageError where the compiler that torch.compile needs is missing, for float16, whose step waits for the
-    CPU, and for several processes, whose messages cannot be compiled.
+    Elsewhere it is `step` itself, and torch.compile compiles net, in place, at its first use; the names of its weights
+    stay. Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
+    Raises UsageError where the compiler that torch.compile needs is missing, for float16 on CUDA, whose step waits for
+    the CPU, and for several processes, whose messages cannot be compiled.
     """
     if world_size > 1:
-        raise UsageError("compile is not for several processes: leave out --compile")
+        raise UsageError("compile is not for several processes: give --compile false")
     if next(net.parameters()).device.type == "cuda":
         if config.precision == "float16":
-            raise UsageError("compile is for float32 and bfloat16 on CUDA, not for float16: leave out --compile")
+            raise UsageError("compile is for float32 and bfloat16 on CUDA, not for float16: give --compile false")
         return RecordedStep(step)
     compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
     if not shutil.which(compiler):
-        raise UsageError(f"compile needs a compiler, and there is no {compiler}: install it or leave out --compile")
+        raise UsageError(f"compile needs a compiler, and there is no {compiler}: install it, or give --compile false")
     net.compile(dynamic=False)
     return step
 
@@ -37,65 +37,64 @@ def compiled(step: Callable, net: nn.Module, config: Config, world_size: int = 1
 class RecordedStep:
     """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
 
-    The first dozen are taken as they are, while CUDA's libraries make their choices, and so is each batch of another
-    size, an epoch's last. What a call returns is overwritten by the next (Ng et al. 2021,
-    https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+    It is recorded once, for one network, with the options that it has then; what Python does in it, such as an `if` in
+    `forward`, is done that once. The first dozen steps are taken as they are, while CUDA's libraries make their
+    choices, and so is each batch of another size, an epoch's last. What a call returns is overwritten by the next.
+    Source: Ng et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
 
-    def __init__(self, step: Callable):
-        self.step, self.steps_before = step, 12
-        self.images = self.graph = None
+    def __init__(self, step: Callable, steps_before: int = 12):
+        self.step, self.steps_before, self.taken = step, steps_before, 0
+        self.images = self.labels = self.rates = self.stream = self.graph = self.result = None
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence, *options) -> tuple:
         """Take the step; return its loss and log_probs, without their history."""
-        if self.images is None:
-            self.images, self.labels = images.clone(), labels.clone()
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        numbers = [group["lr"] for group in groups]
         with torch.cuda.device(images.device):
-            if images.shape != self.images.shape:
-                return self.step(net, images, labels, optimizers, *options)
-            if self.steps_before > 0:
-                self.steps_before -= 1
-                return self.warm_up(net, images, labels, optimizers, *options)
-            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-            if self.graph is None:
-                self.record(groups, net, self.images, self.labels, optimizers, *options)
-            self.images.copy_(images)
-            self.labels.copy_(labels)
-            for rate, group in zip(self.rates, groups, strict=True):
-                rate.fill_(group["lr"])
-            self.graph.replay()
-            return self.result
+            if self.images is None:
+                self.images, self.labels = images.clone(), labels.clone()
+                self.rates = [torch.tensor(number, device=images.device) for number in numbers]
+                self.stream = torch.cuda.Stream()  # what is to be recorded must not be on the usual one
+            # A graph reads its learning rates from tensors; the steps before it do too, for the same bits.
+            for group, rate, number in zip(groups, self.rates, numbers, strict=True):
+                group["lr"] = rate.fill_(number)
+            try:
+                return self.take(net, images, labels, optimizers, *options)
+            finally:
+                for group, number in zip(groups, numbers, strict=True):
+                    group["lr"] = number
 
-    def warm_up(self, *args) -> tuple:
-        """Take the step on a stream beside the usual one, as what is to be recorded must be."""
-        usual, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(usual)
-        with torch.cuda.stream(beside):
-            # With its history it would keep nodes of this stream alive, and torch would warn.
-            result = tuple(tensor.detach() for tensor in self.step(*args))
-        usual.wait_stream(beside)
-        return result
+    def take(self, net: nn.Module, images: Tensor, labels: Tensor, *others) -> tuple:
+        """Take the step as it is, or record it if that is due, and replay it."""
+        self.taken += 1
+        if images.shape != self.images.shape or self.taken <= self.steps_before:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                result = self.step(net, images, labels, *others)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return tuple(tensor.detach() for tensor in result)
+        if self.graph is None:
+            self.record(net, *others)
+        self.images.copy_(images)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        return self.result
 
-    def record(self, groups: list[dict], net: nn.Module, *args) -> None:
-        """Record the step on self.images and self.labels, with learning rates that are tensors; nothing is computed.
+    def record(self, net: nn.Module, *others) -> None:
+        """Record the step on self.images and self.labels; nothing is computed.
 
         Raises UsageError for a network whose step waits for the CPU.
         """
-        numbers = [group["lr"] for group in groups]
-        self.rates = [torch.tensor(rate, device=self.images.device) for rate in numbers]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = rate
         net.zero_grad()  # the gradients become the graph's own
-        self.graph = torch.cuda.CUDAGraph()
-        mode = "thread_local"  # the loader's thread, which pins memory, may go on
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # the loader's thread, which pins memory, may go on
         try:
-            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(), capture_error_mode=mode):
-                self.result = tuple(tensor.detach() for tensor in self.step(net, *args))
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
+                result = self.step(net, self.images, self.labels, *others)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"this network's step cannot be recorded ({reason}): leave out --compile") from None
-        for group, number in zip(groups, numbers, strict=True):
-            group["lr"] = number
+            raise UsageError(f"this network's step cannot be recorded ({reason}): give --compile false") from None
+        self.graph, self.result = graph, tuple(tensor.detach() for tensor in result)
 
 
 def keep_freed_memory() -> None:

@@ -242,9 +242,3 @@ def test_notebook_keeps_its_stop_button_and_its_pictures(monkeypatch):
         command_line.run(fail)
     assert signal.getsignal(signal.SIGINT) == before
     assert os.environ["MPLBACKEND"] == "inline"
-
-
-def test_message_is_one_line_whatever_a_name_holds(cli, monkeypatch, refusal):
-    monkeypatch.setattr(train, "main", Mock(side_effect=UsageError("bad\nname.png is no image")))
-    assert cli() == 2
-    assert refusal() == "train.py: error: bad name.png is no image\n"

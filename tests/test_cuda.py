@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from config import config
+from extras.speed import RecordedStep
 from model import Net
 from tests.conftest import equal, flags, outcome, start
-from train import validate
-from utils import DTYPES, load_checkpoint
+from train import make_optimizers, train_one_epoch, train_step, validate
+from utils import DTYPES, load_checkpoint, numerics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -42,9 +44,27 @@ def test_recorded_step_trains_alike(cli, tiny, precision):
     assert [row["train_loss"] for row in recorded] == pytest.approx([row["train_loss"] for row in plain], rel=0.05)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_replayed_steps_are_the_steps(precision):
+    torch.manual_seed(0)
+    images, labels = torch.randn(30, 16, 3, 32, 32), torch.randint(10, (30, 16))
+    sizes = [10 if number % 7 == 6 else 16 for number in range(30)]  # some before the recording, some after it
+    batches = [(x[:size], y[:size]) for x, y, size in zip(images, labels, sizes, strict=True)]
+    factors = [1 - number / 30 for number in range(30)]
+    weights = []
+    for steps_before in (12, 1000):  # recorded, and never
+        torch.manual_seed(1)
+        net = Net(dropout=0.2).to("cuda", memory_format=torch.channels_last)
+        optimizers, take_step = make_optimizers(net, config), RecordedStep(train_step, steps_before)
+        with numerics(deterministic=True):
+            train_one_epoch(net, batches, optimizers, factors, DTYPES[precision], take_step=take_step)
+        weights.append(net.state_dict())
+    assert equal(*weights)
+
+
 def test_float16_is_not_recorded(cli, tiny, refusal):
     assert cli(*flags(tiny, device="cuda", precision="float16", compile=True)) == 2
-    assert "compile is for float32 and bfloat16 on CUDA, not for float16: leave out --compile" in refusal()
+    assert "compile is for float32 and bfloat16 on CUDA, not for float16: give --compile false" in refusal()
 
 
 @pytest.mark.parametrize("precision", DTYPES)

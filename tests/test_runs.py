@@ -125,7 +125,7 @@ def test_longer_run_though_stopped_is_the_same_as_one_that_was_longer_from_the_s
 
 def test_run_goes_on_in_another_precision_with_its_images_elsewhere(cli, short, pictures):
     shutil.copytree(pictures, "elsewhere")
-    argv = ("--epochs", 2, "--precision", "bfloat16", "--data-dir", "elsewhere")
+    argv = ("--epochs", 2, "--precision", "bfloat16", "--data-dir", "elsewhere", "--compile", "false")
     assert cli("--resume", "run", *argv, "--no-report") == 0
     last = load_checkpoint("run/last.pt")
     assert (last["epoch"], last["config"]["precision"], last["config"]["data_dir"]) == (2, "bfloat16", "elsewhere")

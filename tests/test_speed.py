@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config import UsageError, config
-from extras.speed import compiled, keep_freed_memory
+from extras.speed import faster_step, keep_freed_memory
 from model import Net
 from tests.conftest import ROOT, flags
 from train import train_step
@@ -32,13 +32,13 @@ def test_compiled_network_keeps_names_and_numbers(cli, tiny, narrow, monkeypatch
 def test_no_compiler_is_told_before_anything_is_written(cli, tiny, refusal, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert cli(*flags(tiny, compile=True, run_dir="run")) == 2
-    assert "compile needs a compiler, and there is no no-such-compiler: install it or leave out --comp" in refusal()
+    assert "compile needs a compiler, and there is no no-such-compiler: install it, or give --compile" in refusal()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_compile_is_not_for_several_processes():
-    with pytest.raises(UsageError, match="compile is not for several processes: leave out --compile"):
-        compiled(train_step, Net(), config, world_size=2)
+    with pytest.raises(UsageError, match="compile is not for several processes: give --compile false"):
+        faster_step(train_step, Net(), config, world_size=2)
 
 
 KEPT = """

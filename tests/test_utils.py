@@ -69,11 +69,14 @@ def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, process
 
 def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    matmul_before = torch.backends.cuda.matmul.fp32_precision
     for deterministic in (True, False):
         with numerics(deterministic):
             assert torch.are_deterministic_algorithms_enabled() == deterministic
             assert torch.backends.cudnn.benchmark != deterministic
             assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert torch.backends.cuda.matmul.fp32_precision == matmul_before
     assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
