@@ -1,4 +1,4 @@
-"""albumentations, faster and repeatable: open it to see how the augmentation is a third of its time."""
+"""albumentations, faster and repeatable: open it to see how a pipeline takes a third of its time."""
 
 import math
 import random
