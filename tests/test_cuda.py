@@ -23,7 +23,7 @@ def test_every_precision_trains_and_evaluates(cli, tiny, capsys, precision):
     losses = [row["train_loss"] for row in last["metrics"]]
     assert losses[-1] < losses[0]
     assert bool(last["scaler"]) == (precision == "float16")  # its state is saved, to be continued
-    assert cli("--evaluate", "run/last.pt", "--no-report") == 0
+    assert cli("--evaluate", "run/last.pt", "--precision", precision, "--no-report") == 0
     assert f"Test Loss: {last['metrics'][-1]['valid_loss']:.4f}" in capsys.readouterr().out
 
 

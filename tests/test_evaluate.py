@@ -15,9 +15,9 @@ from tests.conftest import ROOT, equal, flags
 from utils import load_checkpoint, save_checkpoint
 
 
-@pytest.mark.parametrize("argv", [[], ["--batch-size", "7"], ["--precision", "bfloat16"]])
+@pytest.mark.parametrize("argv", [["float32"], ["float32", "--batch-size", "7"], ["bfloat16"]])
 def test_checkpoint_is_tested_with_its_own_settings_but_for_those_given(cli, finished, capsys, argv):
-    assert cli("--evaluate", finished / "last.pt", "--no-report", *argv) == 0
+    assert cli("--evaluate", finished / "last.pt", "--no-report", "--precision", *argv) == 0
     loss, accuracy = map(float, re.findall(r"\d+\.\d{4}", capsys.readouterr().out))
     last = load_checkpoint(finished / "last.pt")["metrics"][-1]  # of the same images, for none were held out
     assert loss == pytest.approx(last["valid_loss"], abs=0.05 if "bfloat16" in argv else 1e-4)
