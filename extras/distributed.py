@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
+import torch.distributed.nn  # before there is a group: see process_group
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -46,7 +47,9 @@ def process_group(device: str) -> Iterator[None]:
             raise UsageError(f"there are {count} CUDA devices for more processes: start fewer, or give --device cpu")
         torch.cuda.set_device(number)
     yield
-    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one.
+    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. It ends gloo's
+    # threads, which could otherwise ask for a tensor's Python object while Python ends, and abort the process; but not
+    # of a group that somebody holds, as torch.distributed.nn does if there is one when the first step imports it.
     wait_for_all()
     dist.destroy_process_group()
 
