@@ -10,14 +10,14 @@ class Config:
 
     dataset: Literal["cifar10", "cifar100", "folder", "shapes"] = "cifar10"  # shapes are drawn, not downloaded
     data_dir: str = "data"  # of the downloads; for `folder`, what holds train/CLASS/* and test/CLASS/*
-    valid_split: float = 0.0  # part of the training images to validate on; 0: the test images
+    valid_split: float = 0.0  # fraction of the training images to validate on; 0: the test images
     num_workers: int = -1  # processes that augment; -1: as many as pay off
     batch_size: int = 128  # images per step
 
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
-    shift_limit: float = 0.125  # part of the image's side, in any direction, cut to whole pixels
-    scale_limit: float = 0.1  # at most this part larger or smaller
+    shift_limit: float = 0.125  # fraction of the image's side, in any direction, cut to whole pixels
+    scale_limit: float = 0.1  # at most this fraction larger or smaller
     rotate_limit: float = 15.0  # degrees, in either direction
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
@@ -29,7 +29,7 @@ class Config:
     weight_decay: float = 0.05  # a step shrinks convolution weights by learning_rate times this
     momentum: float = 0.9  # of SGD; that of Muon is 0.95
     nesterov: bool = True  # SGD looks ahead by one momentum step
-    label_smoothing: float = 0.1  # part of each label that is spread over all classes
+    label_smoothing: float = 0.1  # fraction of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 
     seed: int = 0  # of weights, order, augmentation and held-out images

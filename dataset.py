@@ -51,7 +51,7 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]  # range takes -1 for the last, and ends a loop
+        return self.__getitems__([range(len(self))[index]])[0]  # range knows -1, and its IndexError ends a for loop
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Return a batch's items. DataLoader calls this: to normalize them together takes a fifth of the time."""
@@ -76,7 +76,7 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
     Add any transform of albumentations that keeps the image (32, 32, 3) uint8. Shifts are cut to whole pixels.
-    The hole: DeVries & Taylor 2017, arXiv:1708.04552.
+    The hole is Cutout: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     mean_color = tuple(round(255 * channel) for channel in mean)
     return RepeatableCompose(
@@ -155,7 +155,8 @@ class EpochBatches(Sampler):
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + (rest >= (self.world_size if self.shuffle else 1))  # the same in all processes
+        smallest = self.world_size if self.shuffle else 1
+        return whole + 1 if rest >= smallest else whole  # the same in all processes
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(len(self.dataset))

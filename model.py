@@ -62,11 +62,10 @@ def conv_options(index: int, layers: int, last: str) -> dict[str, int]:
 class Block(nn.Sequential):
     """One to three convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
 
-    Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one
-    BatchNorm, after the pair of convolutions. An unpadded last convolution has nothing after it. ReLU is
-    applied in `forward`: it has no parameters and is no row of the summary.
-    Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016,
-    arXiv:1511.07122.
+    Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one BatchNorm, after the
+    pair of convolutions. An unpadded last convolution has nothing after it. ReLU is applied in `forward`: it has no
+    parameters and is no row of the summary.
+    Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016, arXiv:1511.07122.
     """
 
     def __init__(
@@ -102,8 +101,7 @@ class Block(nn.Sequential):
 class Net(nn.Module):
     """The blocks of the table, average pooling over what is left of the image, a linear classifier.
 
-    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) log-probabilities, always
-    float32: the loss is `F.nll_loss`.
+    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) float32 log-probabilities, for F.nll_loss.
 
     blocks: the table; base_channels: width of the default one, of which every channel count is a multiple.
     dropout: probability that Dropout2d zeroes a channel.
@@ -174,9 +172,9 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
 def receptive_fields(blocks: Sequence[BlockSpec]) -> list[list[int]]:
     """Return the receptive field in input pixels after each 3x3 convolution, one list for each block.
 
-    A convolution widens it by (kernel - 1) * dilation * jump; the jump, the distance in input pixels
-    between neighbouring outputs, is the product of the strides so far (Araujo et al. 2019,
-    https://distill.pub/2019/computing-receptive-fields). A 1x1 convolution widens nothing.
+    A convolution widens it by (kernel - 1) * dilation * jump; the jump, the distance in input pixels between
+    neighbouring outputs, is the product of the strides so far. A 1x1 convolution widens nothing.
+    Araujo et al. 2019, https://distill.pub/2019/computing-receptive-fields.
     """
     field, jump, fields = 1, 1, []
     for spec in blocks:

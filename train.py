@@ -39,7 +39,7 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     mixing = mixing if config.optimizer == "muon" else []
     rest = [p for p in net.parameters() if p not in set(mixing)]
     ratio = 10 if mixing else 1
-    # What SGD calls weight_decay is added to the gradient, and momentum adds that up to 1 / (1 - momentum) of it.
+    # SGD adds weight_decay * weight to the gradient, and momentum adds that up to 1 / (1 - momentum) times as much.
     weight_decay = config.weight_decay * (1 - config.momentum) / ratio
     decayed, spared = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared}]
@@ -49,7 +49,7 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
 
 
 def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] = ()) -> float:
-    """Return the part of the highest learning rate that is taken when `progress` (0 to 1) of all steps are done.
+    """Return the fraction of the highest learning rate that is taken when `progress` (0 to 1) of all steps are done.
 
     onecycle: linear up over the first fifth, then linear down to zero (Smith & Topin 2018, arXiv:1708.07120).
     cosine: half a cosine down to zero (Loshchilov & Hutter 2017, arXiv:1608.03983).
@@ -72,7 +72,7 @@ def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] 
 
 
 def epoch_factors(config: Config, epoch: int, steps: int, accuracies: Sequence[float] = ()) -> list[float]:
-    """Return each step's part of the highest learning rate, taken in the middle of the step: never 0."""
+    """Return each step's fraction of the highest learning rate, taken in the middle of the step: never 0."""
     done = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
     return [schedule_factor(config.schedule, progress, accuracies) for progress in done]
 
@@ -88,7 +88,7 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take one step on a batch, its layers computed in dtype.
 
-    label_smoothing: part of each label that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+    label_smoothing: fraction of each label that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
     scaler: what float16 needs. Return (mean loss, without smoothing, and log_probs (N, num_classes)).
     """
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
@@ -119,16 +119,17 @@ def train_one_epoch(
     """Take a step for each batch; return {"loss", "accuracy" in percent}, averages over the images as trained on.
 
     net: any network that returns log-probabilities; of logits the loss would be wrong, without an error.
-    factors: each step's part of the optimizers' first learning rates; if not given, the rates are left as they are.
+    factors: each step's fraction of the optimizers' first learning rates; if not given, the rates stay as they are.
     take_step: train_step, or what takes the same step in less time.
-    Images are counted augmented and before their step. Raises RunStopped for a loss that is not finite.
+    Loss and accuracy are of augmented images, each before its step. Raises RunStopped for a loss that is not finite.
     """
     net.train()
-    meter = Meter(description, len(factors or loader), next(net.parameters()).device)
+    meter = Meter(description, len(loader), next(net.parameters()).device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for step, (images, labels) in enumerate(with_progress(loader, meter)):
-        for group in groups if factors is not None else ():
-            group["lr"] = factors[step] * group.setdefault("initial_lr", group["lr"])
+        if factors is not None:
+            for group in groups:
+                group["lr"] = factors[step] * group.setdefault("initial_lr", group["lr"])
         loss, log_probs = take_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
         meter.update(loss, log_probs, labels)
     return meter.average()
@@ -173,10 +174,10 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     print(f"Run: {config.run_dir}", flush=True)
     seed_torch(config.seed)
 
-    part = {"rank": rank, "world_size": world_size}  # of each batch
+    process = {"rank": rank, "world_size": world_size}
     data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)
-    loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **part)
-    valid_loader = make_loader(data.valid, config.batch_size, **part)  # not augmented: workers would gain nothing
+    loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **process)
+    valid_loader = make_loader(data.valid, config.batch_size, **process)  # not augmented: workers would gain nothing
 
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
     net.to(device, memory_format=torch.channels_last)
@@ -184,10 +185,10 @@ def main(config: Config, resume: bool = False, report: bool = True) -> None:
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     if world_size > 1:
-        share_training(net, config.batch_size)
+        share_training(net, min(config.batch_size, len(data.train)))
     take_step = faster_step(train_step, net, config, world_size) if config.compile else train_step
 
-    with numerics(config.deterministic), workers_of(loader), open_run(config, data, resume, report, **part) as run:
+    with numerics(config.deterministic), workers_of(loader), open_run(config, data, resume, report, **process) as run:
         rows = run.restore(net, optimizers, scaler)
         for epoch in range(len(rows) + 1, config.epochs + 1):
             seed_torch(config.seed, epoch, rank)

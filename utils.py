@@ -117,8 +117,8 @@ def numerics(deterministic: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, deterministic = before
-        torch.use_deterministic_algorithms(deterministic)
+        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, was_deterministic = before
+        torch.use_deterministic_algorithms(was_deterministic)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:

@@ -20,7 +20,7 @@ from torch import distributed as dist
 from config import Config, UsageError, check, config
 from extras.distributed import first_to_fail, launcher, of_first_process, process_group
 from extras.evaluate import evaluate
-from extras.failures import Stop, describe_failure
+from extras.failures import SignalReceived, describe_failure
 from extras.predict import print_predictions
 from extras.runs import CHANGEABLE, checkpoint_that_counts, describe_progress, resumed_config
 from extras.speed import keep_freed_memory
@@ -39,10 +39,10 @@ GIVEN_WITH = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but that an error is one line on stderr, without the usage."""
+    """argparse, but that a wrong command line is a UsageError."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        raise UsageError(message)
 
 
 def to_flag(name: str) -> str:
@@ -78,7 +78,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def make_parser() -> _Parser:
-    """Return the parser of the command line; a mistake in config.py ends the program as a wrong flag does."""
+    """Return the parser of the command line. Raises UsageError for a mistake in config.py."""
     parser = _Parser(
         prog="train.py",
         usage="python train.py [--resume RUN_DIR | --evaluate PATH] [--predict IMAGE ...] [--SETTING VALUE ...]",
@@ -96,12 +96,12 @@ def make_parser() -> _Parser:
         check(config)
         add_settings(parser)
     except (UsageError, argparse.ArgumentError) as error:
-        parser.error(f"config.py: {error}")
+        raise UsageError(f"config.py: {error}") from None
     return parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; a wrong one ends the program with one line on stderr and exit code 2.
+    """Read the command line. Raises UsageError for a wrong one.
 
     The result has `config` and `given`, the fields of it that stand on the command line with their values; `resume`,
     `evaluate`, `predict` (images; `evaluate` names the checkpoint then) and `tta`; `report`: whether to draw pictures.
@@ -133,17 +133,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def stop(signum: int, frame: object) -> None:
-    """Raise Stop: what Ctrl-C and SIGTERM do, instead of what Python does."""
-    raise Stop(signum)
+    """Raise SignalReceived: what Ctrl-C and SIGTERM do, instead of what Python does."""
+    raise SignalReceived(signum)
 
 
 def set_up_output() -> None:
-    """Let no print end a run: whatever a name holds, whatever the terminal's encoding, or if there is none."""
+    """Let no print end a run: whatever a name holds, whatever the terminal's encoding, or if there is none.
+
+    Of several processes only rank 0 speaks, until first_to_fail lets another.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed, or this is pythonw
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with contextlib.suppress(AttributeError):  # a notebook's takes everything
             getattr(sys, name).reconfigure(errors="backslashreplace")
+    if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not IN_NOTEBOOK:
         os.environ.pop("MPLBACKEND", None)  # of the notebook that started this: it may not be there, nor is it needed
 
@@ -155,13 +160,13 @@ def run(main: Callable[..., None]) -> None:
     share the run.
     """
     set_up_output()
-    arguments, run_dir = None, ""
+    arguments, run_dir, several = None, "", dist.is_torchelastic_launched()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         arguments = parse_args()
         run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
-        with process_group(arguments.config.device) if dist.is_torchelastic_launched() else contextlib.nullcontext():
-            if dist.is_initialized():
+        with process_group(arguments.config.device) if several else contextlib.nullcontext():
+            if several:
                 run_dir = of_first_process(run_dir)  # the others may have read the clock a second later
             return carry_out(arguments, replace(arguments.config, run_dir=run_dir), main)
     except SystemExit:
@@ -171,10 +176,10 @@ def run(main: Callable[..., None]) -> None:
             signal.signal(number, signal.SIG_IGN)
         if hasattr(signal, "SIGCHLD"):  # torch's alarm at the end of a worker; not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        if dist.is_initialized() and not first_to_fail():
+        if several and not first_to_fail():
             os._exit(1)  # at once: what the others wait for will not come
         failure = describe_failure(error)
-        if failure is None and not dist.is_initialized():
+        if failure is None and not several:
             raise
         code, message = failure or (1, traceback.format_exc())
         resumable = getattr(error, "resumable", True)
@@ -182,11 +187,11 @@ def run(main: Callable[..., None]) -> None:
         if IN_NOTEBOOK:  # it lives on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    # Only here, where the exception is gone, are the bars closed and the workers ended that its frames held.
+    # Only here: the exception is gone, and with its frames the bars and the workers that they held.
     if code != 2 and arguments is not None and arguments.evaluate is None:
         message += f"; {describe_progress(run_dir, resumable, launcher())}"
     print(f"train.py: {message}\n", end="", file=sys.stderr, flush=True)  # one piece: torchrun writes there too
-    if dist.is_initialized():
+    if several:
         os._exit(code)  # nccl's own end would wait for the others
     sys.exit(code)
 

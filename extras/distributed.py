@@ -28,15 +28,10 @@ def launcher() -> str:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the other processes that torchrun started, each with a CUDA device of its own.
-
-    Processes other than rank 0 say nothing, until first_to_fail lets one.
-    """
+    """Join the other processes that torchrun started, each with a CUDA device of its own."""
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    # gloo carries what is on the CPU, the messages of a run on CUDA too: it notices at once when a peer is gone
+    # gloo carries what is on the CPU, in a run on CUDA too: it notices at once when a peer is gone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
-    if dist.get_rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if device != "cpu" and torch.cuda.is_available() and not cuda:
@@ -47,9 +42,10 @@ def process_group(device: str) -> Iterator[None]:
             raise UsageError(f"there are {count} CUDA devices for more processes: start fewer, or give --device cpu")
         torch.cuda.set_device(number)
     yield
-    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. It ends gloo's
-    # threads, which could otherwise ask for a tensor's Python object while Python ends, and abort the process; but not
-    # of a group that somebody holds, as torch.distributed.nn does if there is one when the first step imports it.
+    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. The end of the
+    # group ends gloo's threads too: one that asked for a tensor's Python object while Python ends would abort the
+    # process. A group that is still held does not end, and torch.distributed.nn, which the first step would import,
+    # holds the one that it finds: so it is imported above, while there is none.
     wait_for_all()
     dist.destroy_process_group()
 
@@ -91,7 +87,7 @@ def first_rank_first(function: Callable, *args):
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Replace a tensor's values by their sums over all processes, and return it."""
+    """Replace a tensor's values by their sums over all processes (an all-reduce), and return it."""
     dist.all_reduce(tensor)
     return tensor
 
@@ -109,10 +105,11 @@ def share_training(net: nn.Module, batch_size: int) -> None:
     a CUDA device that is not the process's own, and a BatchNorm2d without weights or running averages.
     """
     device = next(net.parameters()).device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    own = device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device())
+    if not own:
         raise UsageError(f"device {device} is not for several processes: give --device cuda, one each, or cpu")
     if batch_size < dist.get_world_size():
-        raise UsageError(f"batch_size {batch_size} is less than an image for each of {dist.get_world_size()} processes")
+        raise UsageError(f"a batch has {batch_size} images, too few for {dist.get_world_size()} processes: start fewer")
     for tensor in net.state_dict().values():
         dist.broadcast(tensor, 0)  # another kind of machine might have drawn others
     for name, module in net.named_modules():

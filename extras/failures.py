@@ -14,7 +14,7 @@ from torch import distributed as dist
 from config import RunStopped, UsageError
 
 
-class Stop(BaseException):
+class SignalReceived(BaseException):
     """Ctrl-C or SIGTERM; no Exception, so that no library takes it for an error that it can handle."""
 
     def __init__(self, signum: int):
@@ -49,7 +49,7 @@ def describe_failure(error: BaseException) -> tuple[int, str] | None:
     text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
         return 2, f"error: {whole.rpartition('UsageError: ')[2]}"  # a worker's comes with its traceback before it
-    if isinstance(error, Stop):
+    if isinstance(error, SignalReceived):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):
         return 1, f"stopped: {whole}"

@@ -20,6 +20,7 @@ from torch import nn
 from config import Config, UsageError, check
 from dataset import Datasets
 from extras.architecture import describe_network, load_weights
+from extras.distributed import wait_for_all
 from extras.failures import only_warn, warn
 from extras.files import write_atomically
 from utils import load_checkpoint, save_checkpoint
@@ -40,7 +41,7 @@ class Run:
         for dataset in data:
             digest.update(dataset.images.numpy())
             digest.update(dataset.labels.numpy())
-        # What a checkpoint says beside what an epoch changes.
+        # What all checkpoints of the run say alike.
         self.facts = {
             "config": asdict(config),
             "class_names": data.train.class_names,
@@ -58,7 +59,7 @@ class Run:
         Raises UsageError for a checkpoint of other images or settings, of another network or other optimizers.
         """
         rows = []
-        self.facts["network"] = describe_network(net)  # now: what counts its calls is another one after them
+        self.facts["network"] = describe_network(net)  # now: a module that counts its calls differs after them
         if (self.folder / LAST).exists():
             checkpoint = load_checkpoint(self.folder / LAST)
             self._compare(checkpoint)
@@ -68,7 +69,7 @@ class Run:
                     optimizer.load_state_dict(state)
             except ValueError as error:
                 raise UsageError(f"the optimizers are not those that this run began with ({error})") from None
-            if checkpoint["scaler"]:  # none of another precision than float16
+            if checkpoint["scaler"]:  # empty but for float16
                 scaler.load_state_dict(checkpoint["scaler"])
             rows = checkpoint["metrics"]
             print(f"Continuing after epoch {len(rows)}")
@@ -138,6 +139,7 @@ def open_run(
     """
     run = Run(config, data, report, rank, world_size)
     if rank > 0:
+        wait_for_all()
         yield run
         return
     try:
@@ -153,6 +155,8 @@ def open_run(
         for name in (CONFIG, METRICS, LAST, BEST, "*.png", "report.md"):
             for leftover in run.folder.glob(f"{name}.*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
+        if world_size > 1:
+            wait_for_all()  # the others read the run only now: another one might have gone on with it so far
         yield run
 
 

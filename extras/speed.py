@@ -40,7 +40,7 @@ class RecordedStep:
     It is recorded once, for one network, with the options that it has then; what Python does in it, such as an `if` in
     `forward`, is done that once. The first dozen steps are taken as they are, while CUDA's libraries make their
     choices, and so is each batch of another size, an epoch's last. What a call returns is overwritten by the next.
-    Source: Ng et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
+    Source: Nguyen et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
 
     def __init__(self, step: Callable, steps_before: int = 12):
@@ -91,6 +91,8 @@ class RecordedStep:
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
                 result = self.step(net, self.images, self.labels, *others)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UsageError(f"this network's step cannot be recorded ({reason}): give --compile false") from None

@@ -199,7 +199,8 @@ def shared_epochs(options):
             share_training(net, BATCH_SIZE)
         epoch = functools.partial(train_one_epoch, net, loader, optimizers)
         times = [seconds(epoch, torch.device("cpu")) for _ in range(3)]
-        print(*times[1:])
+        if rank == 0:
+            print(*times[1:])
 
 
 def two_processes(options):

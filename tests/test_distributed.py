@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import distributed as dist
 from torch import nn
 
@@ -19,6 +21,7 @@ from config import Config, UsageError
 from dataset import load_datasets, make_loader
 from extras.distributed import SharedBatchNorm2d, process_group, share_training
 from extras.predict import load_network
+from extras.runs import open_run
 from tests.conftest import ROOT, equal, flags, outcome, start
 from tests.shared_steps import two_steps
 from train import validate
@@ -106,6 +109,11 @@ def test_signal_to_torchrun_is_one_line(tiny, tmp_path):
     assert re.match(rf"train.py: stopped by SIGTERM; epoch \d+ is saved; to continue: {command} ", ours[0])
 
 
+def test_mistake_on_the_command_line_is_one_line(tmp_path):
+    well, out, ours = end(start_several(2, "--epoch", "3", cwd=tmp_path))
+    assert (well, out, ours) == (False, "", ["train.py: error: unknown argument --epoch: did you mean --epochs?"])
+
+
 def test_other_number_of_processes_is_noted(runs, tmp_path, cli, capsys):
     shutil.copytree(runs / "3", tmp_path / "run")
     assert cli("--resume", "run", "--no-report") == 0
@@ -146,6 +154,21 @@ def test_one_device_is_not_for_several_processes(name, alone):
         pass
 
 
+def test_no_process_reads_a_run_before_it_is_locked(tiny, tmp_path, monkeypatch):
+    waits = []
+
+    def wait():
+        waits.append(rank)
+        if rank == 0:
+            with pytest.raises(Timeout):
+                FileLock(tmp_path / ".lock").acquire(timeout=0)
+
+    monkeypatch.setattr("extras.runs.wait_for_all", wait)
+    for rank in (0, 1):
+        with open_run(replace(tiny, run_dir=str(tmp_path)), load_datasets(tiny), rank=rank, world_size=2):
+            assert waits == [0, 1][: rank + 1]
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_shared_batchnorm_of_one_process_is_batchnorm(dtype, tolerance, alone):
     torch.manual_seed(0)
@@ -165,3 +188,12 @@ def test_shared_batchnorm_of_one_process_is_batchnorm(dtype, tolerance, alone):
 def test_batchnorm_that_cannot_be_shared_is_refused(options, alone):
     with process_group("cpu"), pytest.raises(UsageError, match=r"^1 has no weights, running averages or momentum"):
         share_training(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, **options)), 8)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch_size", "why"),
+    [("meta", 8, "device meta is not for several"), ("cpu", 0, "a batch has 0 images, too few for 1 processes")],
+)
+def test_training_that_cannot_be_shared_is_refused(device, batch_size, why, alone):
+    with process_group("cpu"), pytest.raises(UsageError, match=f"^{why}"):
+        share_training(nn.Conv2d(3, 4, 1).to(device), batch_size)
