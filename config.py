@@ -16,9 +16,9 @@ class Config:
 
     flip_probability: float = 0.5  # of a mirrored image
     shift_scale_rotate_probability: float = 0.5  # of the next three together
-    shift_limit: float = 0.125  # fraction of the image's side, in any direction, cut to whole pixels
+    shift_limit: float = 0.125  # at most this fraction of the side, each way, cut to whole pixels
     scale_limit: float = 0.1  # at most this fraction larger or smaller
-    rotate_limit: float = 15.0  # degrees, in either direction
+    rotate_limit: float = 15.0  # at most this many degrees, either way
     coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
 
@@ -26,17 +26,17 @@ class Config:
     optimizer: Literal["muon", "sgd"] = "muon"  # muon leaves 2,042 of the 138,666 parameters to SGD
     learning_rate: float = 0.02  # highest value of the schedule; SGD beside Muon has ten times this
     schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate
-    weight_decay: float = 0.05  # a step shrinks convolution weights by learning_rate times this
+    weight_decay: float = 0.05  # a step multiplies convolution weights by 1 - learning_rate * this
     momentum: float = 0.9  # of SGD; that of Muon is 0.95
     nesterov: bool = True  # SGD looks ahead by one momentum step
     label_smoothing: float = 0.1  # fraction of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
 
-    seed: int = 0  # of weights, order, augmentation and held-out images
+    seed: int = 0  # of all that is random: weights, order, augmentation, dropout, held-out images
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
     compile: bool = False  # faster steps: on CUDA by a CUDA graph, elsewhere by torch.compile, after up to a minute
-    deterministic: bool = False  # repeatable operations only: slower on CUDA; those of the CPU always are
+    deterministic: bool = False  # repeatable operations only: slower on CUDA; the CPU's always repeat
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
 
@@ -75,18 +75,7 @@ OTHERS |= {"device", "precision", "compile", "deterministic", "run_dir"}
 
 
 class UsageError(ValueError):
-    """What the user can mend: a setting, a file, an image. The message is one line that says what and how."""
-
-
-class RunStopped(Exception):
-    """What ends a run before its time and is no mistake of the program; the message is one line for the user.
-
-    resumable: whether the run can be continued, and would not come to the same end again.
-    """
-
-    def __init__(self, message: str, resumable: bool = True):
-        super().__init__(message)
-        self.resumable = resumable
+    """A mistake in a setting, a file or an image, for the user to mend. The message says in one line what and how."""
 
 
 def check(config: Config) -> None:
@@ -101,7 +90,7 @@ def check(config: Config) -> None:
                 raise UsageError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}")
         elif kind not in (bool, int, float, str):
             raise UsageError(f"{name} must be declared as bool, int, float, str or Literal, not as {kind}")
-        elif type(value) is not kind and not (kind is float and type(value) is int):
+        elif type(value) is not kind and (type(value), kind) != (int, float):  # an int will do for a float
             raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
         if name in RANGES:
             low, high = RANGES[name]

@@ -22,8 +22,8 @@ from extras.workers import QuietDataLoader, start_worker
 class ImageDataset(Dataset):
     """Images in memory: `dataset[i]` is (image, label), a normalized float32 tensor (3, 32, 32) and an int.
 
-    images (N, 32, 32, 3) uint8, labels (N,) int64. mean, std: of each channel, in units of 0..1.
-    augmentation: what it does to an image follows from `seed`, the epoch that `set_epoch` set, and the image's index.
+    images (N, 32, 32, 3) uint8, labels (N,) int64. mean, std: of each channel, for pixels of 0..1.
+    augmentation: determined, for each image, by `seed`, the epoch given to `set_epoch`, and the image's index.
     """
 
     def __init__(
@@ -36,12 +36,12 @@ class ImageDataset(Dataset):
         augmentation: RepeatableCompose | None = None,
         seed: int = 0,
     ):
-        # As tensors, workers that are not forked get them as shared memory instead of a copy each.
+        # Tensors: workers that are not forked share their memory, where each would get a copy of an array.
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
         self.class_names, self.mean, self.std = list(class_names), tuple(mean), tuple(std)
         self.normalization = A.Compose([A.Normalize(mean, std), A.ToTensorV2()], strict=True)
         self.augmentation, self.seed = augmentation, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that run already see it change
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: running workers see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose augmentation the images get; call it before the epoch's first batch."""
@@ -51,23 +51,26 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]  # range knows -1, and its IndexError ends a for loop
+        return self.__getitems__([range(len(self))[index]])[0]  # range resolves -1; its IndexError ends a loop
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Return a batch's items. DataLoader calls this: to normalize them together takes a fifth of the time."""
+        """Return a batch's items. DataLoader calls this: normalizing them together takes a fifth of the time."""
         indices = [int(index) for index in indices]  # they may be tensors
         images = self.normalization(images=self.augment(indices))["images"]
         return list(zip(images, self.labels[indices].tolist(), strict=True))
 
     def augment(self, indices: Sequence[int]) -> np.ndarray:
         """Return images (N, 32, 32, 3) uint8 as they are augmented in this epoch."""
-        images, epoch = self.images.numpy()[indices], self.epoch.item()  # a copy of those images
+        images = self.images.numpy()[indices]  # a copy
+        epoch = self.epoch.item()
         if self.augmentation is not None:
             for place, index in enumerate(indices):
                 self.augmentation.set_key(self.seed, epoch, index)
                 image = self.augmentation(image=images[place])["image"]
                 if image.dtype != np.uint8 or image.shape != (32, 32, 3):
-                    raise UsageError(f"augmentation must keep images (32, 32, 3) uint8, not make {image.dtype} of them")
+                    raise UsageError(
+                        f"augmentation must keep images (32, 32, 3) uint8, not make {image.dtype} {image.shape}"
+                    )
                 images[place] = image
         return images
 
@@ -91,13 +94,13 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, in units of 0..1.
+    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for pixels of 0..1.
 
-    A channel that is the same everywhere, which cannot be divided by 0, gets a deviation of 1.
+    A constant channel gets a deviation of 1, for it will be divided by it.
     """
-    mean, std = cv2.meanStdDev(images.reshape(-1, 1, 3))
-    std[std == 0] = 255
-    return tuple((mean[:, 0] / 255).tolist()), tuple((std[:, 0] / 255).tolist())
+    mean, std = (values[:, 0] / 255 for values in cv2.meanStdDev(images.reshape(-1, 1, 3)))  # as one tall image
+    std[std == 0] = 1
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
@@ -125,7 +128,7 @@ class Datasets(NamedTuple):
 
 
 def load_datasets(config: Config) -> Datasets:
-    """Load the config's images, split them, and set up their pipelines. Raises UsageError if they cannot be had."""
+    """Load the config's images, split them, and set up their pipelines. Raises UsageError if that fails."""
     source = load_source(config.dataset, config.data_dir)
     if len(source.class_names) < 2:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
@@ -142,11 +145,11 @@ def load_datasets(config: Config) -> Datasets:
     )
 
 
-class EpochBatches(Sampler):
-    """Batches of indices into a dataset: in order, or shuffled as follows from the dataset's seed and epoch.
+class EpochBatchSampler(Sampler):
+    """Batches of indices into a dataset: in order, or in a random order that its seed and epoch determine.
 
     Of `world_size` processes, number `rank` gets its part of each batch. If shuffled, for training, a last batch with
-    fewer images than processes is left out, for each of them must take part in a step.
+    fewer images than processes is left out: every process must take part in a step.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, shuffle: bool, rank: int = 0, world_size: int = 1):
@@ -164,7 +167,7 @@ class EpochBatches(Sampler):
             order = np.random.default_rng((self.dataset.seed, self.dataset.epoch.item())).permutation(order)
         for step in range(len(self)):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            if len(batch) > self.rank:
+            if len(batch) > self.rank:  # else this process has no image of a small last batch
                 yield batch[self.rank :: self.world_size].tolist()
 
 
@@ -177,13 +180,13 @@ def make_loader(
     world_size: int = 1,
 ) -> DataLoader:
     """Return a loader of batches: images (N, 3, 32, 32) float32, labels (N,) int64; 0 workers: made in this process."""
-    loader = QuietDataLoader if num_workers else DataLoader
-    return loader(
+    loader_class = QuietDataLoader if num_workers else DataLoader
+    return loader_class(
         dataset,
-        batch_sampler=EpochBatches(dataset, batch_size, shuffle, rank, world_size),
+        batch_sampler=EpochBatchSampler(dataset, batch_size, shuffle, rank, world_size),
         num_workers=num_workers,
         worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_initialized(),  # choose_device has begun to use CUDA, or a network is there
+        pin_memory=torch.cuda.is_initialized(),  # true once choose_device, or a network, has used CUDA
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers
     )

@@ -54,7 +54,7 @@ LAST_CONV = {
 
 
 def conv_options(index: int, layers: int, last: str) -> dict[str, int]:
-    """Return the options of the 3x3 convolution of layer `index` (from 0) of a block."""
+    """Return nn.Conv2d's keyword arguments for the 3x3 convolution in layer `index` (from 0) of a block."""
     usual = {"kernel_size": 3, "stride": 1, "padding": 1, "dilation": 1}
     return {**usual, **LAST_CONV[last]} if index == layers - 1 else usual
 
@@ -63,8 +63,8 @@ class Block(nn.Sequential):
     """One to three convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one BatchNorm, after the
-    pair of convolutions. An unpadded last convolution has nothing after it. ReLU is applied in `forward`: it has no
-    parameters and is no row of the summary.
+    pair of convolutions. An unpadded last convolution has nothing after it. ReLU is applied in `forward`, for
+    the specification's summary has no row for it.
     Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016, arXiv:1511.07122.
     """
 
@@ -79,13 +79,13 @@ class Block(nn.Sequential):
     ):
         modules = []
         for index in range(layers):
-            conv = conv_options(index, layers, last)
+            options = conv_options(index, layers, last)
             channels = in_channels if index == 0 else out_channels
             if separable and index == 0:
-                modules.append(nn.Conv2d(channels, channels, groups=channels, **conv))
+                modules.append(nn.Conv2d(channels, channels, groups=channels, **options))
                 modules.append(nn.Conv2d(channels, out_channels, kernel_size=1))
             else:
-                modules.append(nn.Conv2d(channels, out_channels, **conv))
+                modules.append(nn.Conv2d(channels, out_channels, **options))
             if index < layers - 1 or last != "unpadded":  # an unpadded convolution has nothing after it
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
@@ -93,7 +93,7 @@ class Block(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:
             x = layer(x)
-            if not isinstance(layer, (nn.Conv2d, nn.Dropout2d)):  # after the normalization
+            if not isinstance(layer, (nn.Conv2d, nn.Dropout2d)):  # after whatever normalization stands here
                 x = F.relu(x)
         return x
 
@@ -103,7 +103,7 @@ class Net(nn.Module):
 
     Input (N, 3, image_size, image_size), normalized; output (N, num_classes) float32 log-probabilities, for F.nll_loss.
 
-    blocks: the table; base_channels: width of the default one, of which every channel count is a multiple.
+    blocks: the table; base_channels: the first block's in the default table; the others' are its multiples.
     dropout: probability that Dropout2d zeroes a channel.
     Raises ValueError, naming the block and the reason, for a table that cannot work.
     """
@@ -121,12 +121,12 @@ class Net(nn.Module):
         if blocks is not None and not isinstance(blocks, Sequence):
             raise TypeError(f"blocks is a table: write Net(num_classes={blocks}) for {blocks} classes")
         blocks = default_blocks(base_channels) if blocks is None else tuple(BlockSpec(*spec) for spec in blocks)
-        sizes = check_blocks(blocks, image_size)
+        sizes = output_sizes(blocks, image_size)  # which checks the table
         self.image_size = image_size
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1])
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
-        self.register_forward_pre_hook(check_images, with_kwargs=True)  # in `forward` it would end torch.fx's tracing
+        self.register_forward_pre_hook(check_images, with_kwargs=True)  # in `forward` it would break torch.fx's tracing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -136,14 +136,14 @@ class Net(nn.Module):
 
 
 def check_images(net: Net, args: tuple, kwargs: dict) -> None:
-    """Raise ValueError if what the network gets are not images (N, 3, image_size, image_size)."""
-    (images,) = (*args, *kwargs.values())
+    """Raise ValueError unless the network's input is images (N, 3, image_size, image_size)."""
+    (images,) = (*args, *kwargs.values())  # given by position or by name
     shape, side = tuple(images.shape), net.image_size
     if len(shape) != 4 or shape[1:] != (3, side, side):
         raise ValueError(f"this Net takes images (N, 3, {side}, {side}), see image_size; not {shape}")
 
 
-def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]:
+def output_sizes(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]:
     """Return the image size after each block; raise ValueError if the table cannot work."""
     if not blocks:
         raise ValueError("the table has no blocks")
@@ -159,8 +159,8 @@ def check_blocks(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
             source = "the image" if number == 1 else f"block {number - 1}"
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
         before, channels = image_size, spec.out_channels
-        conv = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
-        image_size = (before + 2 * conv["padding"] - 2 * conv["dilation"] - 1) // conv["stride"] + 1  # a 3x3
+        last = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
+        image_size = (before + 2 * last["padding"] - 2 * last["dilation"] - 1) // last["stride"] + 1  # a 3x3
         if image_size < 1:
             raise ValueError(f"block {number}: nothing is left of the {before}x{before} image after an unpadded 3x3")
         if image_size == 1 and spec.last != "unpadded":
@@ -180,9 +180,9 @@ def receptive_fields(blocks: Sequence[BlockSpec]) -> list[list[int]]:
     for spec in blocks:
         fields.append([])
         for index in range(spec.layers):
-            conv = conv_options(index, spec.layers, spec.last)
-            field += (conv["kernel_size"] - 1) * conv["dilation"] * jump
-            jump *= conv["stride"]
+            options = conv_options(index, spec.layers, spec.last)
+            field += (options["kernel_size"] - 1) * options["dilation"] * jump
+            jump *= options["stride"]
             fields[-1].append(field)
     return fields
 
@@ -190,7 +190,7 @@ def receptive_fields(blocks: Sequence[BlockSpec]) -> list[list[int]]:
 def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> str:
     """Return a table of the blocks: channels, first and last layer, image size, receptive fields."""
     lines = ["block  channels   first layer  last layer  output  receptive field"]
-    rows = zip(blocks, check_blocks(blocks, image_size), receptive_fields(blocks), strict=True)
+    rows = zip(blocks, output_sizes(blocks, image_size), receptive_fields(blocks), strict=True)
     for number, (spec, size, fields) in enumerate(rows, start=1):
         channels = f"{spec.in_channels} -> {spec.out_channels}"
         first = "separable" if spec.separable else "plain"
@@ -200,7 +200,7 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
 
 
 def print_summary(net: Net) -> None:
-    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are kept."""
+    """Print torchsummary's table of layers, shapes and parameters; the network and all random states are unchanged."""
     import torchsummary
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Config, RunStopped, UsageError
+from config import Config, UsageError
 from extras.distributed import sum_over_processes
+from extras.failures import RunStopped
 from extras.files import write_atomically
 
 FORMAT = "s8erav3-2"  # of the checkpoints
@@ -29,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is CUDA, else another accelerator that torch reports, else the CPU.
+    """Return the device called `name`; "auto" is torch's accelerator (CUDA, MPS, ...) if there is one, else the CPU.
 
     Raises UsageError for a device that is not there.
     """
@@ -37,9 +38,9 @@ def choose_device(name: str) -> torch.device:
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
-        torch.ones(1, device=device).cpu()
+        torch.ones(1, device=device).cpu()  # try it
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0][:100]
+        reason = str(error).splitlines()[0].partition(". ")[0][:100]  # torch's first sentence
         raise UsageError(f"device {name!r} cannot be used here ({reason}): name another with --device") from None
     return device
 
@@ -48,7 +49,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision to compute in; "auto" is bfloat16 where the hardware has it, else float32.
 
     Native bfloat16: CUDA from compute capability 8.0 on, CPUs with AVX512-BF16 or AMX. Raises UsageError
-    for float16 off CUDA: only there does the loss get scaled, without which gradients underflow.
+    for float16 off CUDA: its gradients underflow unless the loss is scaled, as is done on CUDA only.
     """
     if name == "float16" and device.type != "cuda":
         raise UsageError(f"precision float16 needs a CUDA device, not {device}: name another with --precision")
@@ -57,15 +58,15 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-        native = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     return "bfloat16" if native else "float32"
 
 
 def choose_workers(num_workers: int, device: torch.device) -> int:
-    """Return how many processes augment; -1 finds out what pays off.
+    """Return how many processes augment; -1: as many as pay off.
 
-    On the CPU they take from the training what they give: none on two cores, one on more. Beside an accelerator the
+    On the CPU they compete with the training for the cores: none on two cores, one on more. Beside an accelerator the
     cores are free: up to eight. Training processes on one machine divide its cores.
     """
     if num_workers >= 0:
@@ -79,12 +80,12 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
 
 
 def new_run_dir() -> str:
-    """Return the name of a new run's folder: runs/ and the date and time, so exact that no other run has it."""
+    """Return the name of a new run's folder: runs/ and the time to the microsecond, so that no other has it."""
     return datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S.%f")
 
 
 def resolve(config: Config) -> Config:
-    """Return the config with what it left open found out: device, precision, workers, the run's folder."""
+    """Return the config with what it left open filled in: device, precision, workers, the run's folder."""
     device = choose_device(config.device)
     return replace(
         config,
@@ -104,13 +105,14 @@ def device_name(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def numerics(deterministic: bool) -> Iterator[None]:
-    """For the block, let float32 be float32 on CUDA, and not TF32, of 10 bits: torch's default for convolutions.
+    """In a `with`, compute float32 as float32 on CUDA, not as TF32 (10 bits), torch's default for convolutions.
 
     deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
     cudnn, conv, matmul = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
     before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
-    conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark = "ieee", "ieee", not deterministic  # cuDNN's fastest
+    conv.fp32_precision = matmul.fp32_precision = "ieee"
+    cudnn.benchmark = not deterministic  # try cuDNN's algorithms, and keep the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(deterministic)
@@ -122,7 +124,7 @@ def numerics(deterministic: bool) -> Iterator[None]:
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
-    """Set torch's generators for this epoch and process, so that they never have to be saved to continue a run."""
+    """Seed torch's generators for this epoch and process, so that their states need not be saved to continue a run."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
 
 
@@ -139,7 +141,7 @@ class Meter:
         self.description, self.device = description, device
         self.losses = torch.zeros(steps, device=device)  # sum of each batch
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64)
+        self.count = torch.zeros((), dtype=torch.int64)  # of images; a tensor, to be summed over processes
         self.step = 0
 
     def update(self, loss: torch.Tensor, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
@@ -160,7 +162,7 @@ class Meter:
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def average(self) -> dict[str, float]:
-        """Return the same over the images of all processes, or raise RunStopped, in all of them alike."""
+        """Sum over all processes (call it once), then return the same, or raise RunStopped, in all of them."""
         if dist.is_initialized():
             for part in (self.losses, self.correct, self.count):
                 sum_over_processes(part)
@@ -171,15 +173,15 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
     Without a terminal or a notebook there is no bar, but a loss that is not finite is found as early. The average is
-    this process's alone: when it is looked at depends on the clock, so nobody may have to wait for it.
+    this process's alone: each process looks at a time of its own, so none can wait there for another.
     """
-    device, shown = meter.device, sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
-    non_blocking = device.type == "cuda"  # elsewhere the memory may be given back before it is copied
+    shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
+    non_blocking = meter.device.type == "cuda"  # elsewhere the memory may be given back before it is copied
     with tqdm(total=len(meter.losses), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
         looked = time.monotonic()
         for step, (images, labels) in enumerate(loader, start=1):
-            images = images.to(device, memory_format=torch.channels_last, non_blocking=non_blocking)
-            yield images, labels.to(device, non_blocking=non_blocking)
+            images = images.to(meter.device, memory_format=torch.channels_last, non_blocking=non_blocking)
+            yield images, labels.to(meter.device, non_blocking=non_blocking)
             bar.update()
             if time.monotonic() - looked > 0.25 or step == len(meter.losses):
                 average = meter.local_average()
@@ -190,8 +192,8 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
 
-    torch checks no sum of what it reads, and finds a zip archive's end with bytes behind it, so plain torch.load
-    reads these files too.
+    torch.load, which verifies no checksum, reads these files too: it finds the zip archive in spite of the 32 bytes
+    behind it.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
@@ -205,7 +207,7 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises UsageError for a file that is missing, damaged or of another format.
     """
     try:
-        content = b"" if Path(path).is_fifo() else Path(path).read_bytes()  # to open a pipe would wait for ever
+        content = b"" if Path(path).is_fifo() else Path(path).read_bytes()  # opening a pipe would wait forever
     except OSError as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error.strerror})") from None
     data, digest = content[:-32], content[-32:]

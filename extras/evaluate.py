@@ -61,7 +61,7 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
         draw_report(Path(path).parent, net, checkpoint, (train, test), log_probs)
 
 
-def finish(config: Config, data: Datasets, report: bool) -> None:
+def report_results(config: Config, data: Datasets, report: bool) -> None:
     """Print a run's best accuracy; test the best epoch's network if images were held out to choose it; draw pictures.
 
     The pictures are those of the network that was tested; without held-out images, of the last epoch's.

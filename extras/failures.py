@@ -11,7 +11,18 @@ from collections.abc import Iterator
 
 from torch import distributed as dist
 
-from config import RunStopped, UsageError
+from config import UsageError
+
+
+class RunStopped(Exception):
+    """The end of a run before its time that is no bug of the program; the message is one line for the user.
+
+    resumable: whether it makes sense to continue the run: not if it would end in the same way again.
+    """
+
+    def __init__(self, message: str, resumable: bool = True):
+        super().__init__(message)
+        self.resumable = resumable
 
 
 class SignalReceived(BaseException):

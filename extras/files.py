@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from config import RunStopped
+from extras.failures import RunStopped
 
 
 def write_atomically(path: Path, content: bytes) -> None:

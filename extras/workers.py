@@ -38,7 +38,7 @@ class QuietDataLoader(DataLoader):
 
 
 @contextlib.contextmanager
-def workers_of(loader: DataLoader) -> Iterator[None]:
+def close_after(loader: DataLoader) -> Iterator[None]:
     """End the loader's workers with the block. A notebook keeps an error's traceback, and with it the loader."""
     try:
         yield

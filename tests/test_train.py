@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train
 import utils
-from config import RunStopped, config
+from config import config
 from extras import predict
+from extras.failures import RunStopped
 from extras.sources import SHAPES
 from model import Net
 from tests.conftest import equal, flags

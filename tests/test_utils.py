@@ -10,7 +10,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from config import RunStopped, UsageError
+from config import UsageError
+from extras.failures import RunStopped
 from model import Net
 from tests.conftest import equal
 from utils import (
