@@ -68,9 +68,7 @@ class ImageDataset(Dataset):
                 self.augmentation.set_key(self.seed, epoch, index)
                 image = self.augmentation(image=images[place])["image"]
                 if image.dtype != np.uint8 or image.shape != (32, 32, 3):
-                    raise UsageError(
-                        f"augmentation must keep images (32, 32, 3) uint8, not make {image.dtype} {image.shape}"
-                    )
+                    raise UsageError(f"augmentation must keep (32, 32, 3) uint8, not make {image.shape} {image.dtype}")
                 images[place] = image
         return images
 

@@ -3,6 +3,7 @@
 ``python model.py`` prints the receptive field and the layers.
 """
 
+import builtins
 import copy
 import signal
 from collections.abc import Sequence
@@ -213,7 +214,7 @@ def print_summary(net: Net) -> None:
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
+    if hasattr(signal, "SIGPIPE") and not hasattr(builtins, "__IPYTHON__"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python model.py | head` ends without a traceback
     print(receptive_field_table(default_blocks()), end="\n\n")
     print_summary(Net())

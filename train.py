@@ -1,8 +1,9 @@
 """Train the network: ``python train.py``; ``python train.py --help`` lists the settings."""
 
+import builtins
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not hasattr(builtins, "__IPYTHON__"):  # %run leaves the notebook's own handlers
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports below ends without a traceback
 
 import math

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import sys
 import time
@@ -75,7 +76,7 @@ def choose_workers(num_workers: int, device: torch.device) -> int:
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device.type == "cpu":
         return int(cores > 2)
-    most = {"win32": 2, "darwin": 1}.get(sys.platform, 8)  # these two spawn workers, which take 590 MB each
+    most = 8 if multiprocessing.get_all_start_methods()[0] == "fork" else 2  # others take 590 MB each
     return max(1, min(most, cores - 1))
 
 
@@ -110,7 +111,7 @@ def numerics(deterministic: bool) -> Iterator[None]:
     deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
     cudnn, conv, matmul = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, torch.get_deterministic_debug_mode()
     conv.fp32_precision = matmul.fp32_precision = "ieee"
     cudnn.benchmark = not deterministic  # try cuDNN's algorithms, and keep the fastest
     if deterministic:
@@ -119,8 +120,8 @@ def numerics(deterministic: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, was_deterministic = before
-        torch.use_deterministic_algorithms(was_deterministic)
+        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, mode = before
+        torch.set_deterministic_debug_mode(mode)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:

@@ -165,7 +165,10 @@ def run(main: Callable[..., None]) -> None:
     try:
         arguments = parse_args()
         run_dir = arguments.resume or arguments.config.run_dir or new_run_dir()
-        with process_group(arguments.config.device) if several else contextlib.nullcontext():
+        device = arguments.config.device
+        if several and arguments.resume is not None:
+            device = resumed_config(run_dir, arguments.given).device
+        with process_group(device) if several else contextlib.nullcontext():
             if several:
                 run_dir = of_first_process(run_dir)  # the others may have read the clock a second later
             return carry_out(arguments, replace(arguments.config, run_dir=run_dir), main)

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from config import UsageError
 
-# Of a wait for another process: longer than rank 0 takes to download the images.
+# How long a process waits for another: rank 0 may be downloading the images.
 TIMEOUT = timedelta(minutes=30)
 
 
 def launcher() -> str:
-    """Return what to start train.py with, to have as many processes again; of several machines only "torchrun ..."."""
+    """Return what starts train.py in as many processes again; for several machines only "torchrun ..."."""
     if not dist.is_initialized():
         return "python"
     one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"
@@ -66,8 +66,8 @@ def first_to_fail() -> bool:
     return first
 
 
-def of_first_process(value: str) -> str:
-    """Return the value that rank 0 gives."""
+def of_first_process(value: object) -> object:
+    """Return the value that rank 0 gives, a plain one."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]

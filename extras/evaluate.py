@@ -1,5 +1,6 @@
 """A checkpoint on the test images, at the end of a run or with --evaluate."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from config import Config, UsageError, check
 from dataset import Datasets, ImageDataset, make_augmentation, make_loader
 from extras.failures import only_warn
-from extras.predict import average_views, compute_log_probs, load_network
+from extras.predict import compute_log_probs, load_network
 from extras.runs import best_row, checkpoint_that_counts, read_config
 from extras.sources import load_source
 from utils import DTYPES, choose_device, choose_precision, numerics
@@ -54,7 +55,8 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
         print_accuracy("Test", log_probs, test)
         if tta:
             mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
-            print_accuracy("Mirrored Test", average_views(log_probs, mirrored), test)
+            mean = torch.logaddexp(log_probs, mirrored) - math.log(2)  # of the probabilities, as a logarithm again
+            print_accuracy("Mirrored Test", mean, test)
     if report:
         augmentation = make_augmentation(config, checkpoint["mean"])
         train = ImageDataset(*source.train, **common, augmentation=augmentation, seed=config.seed)

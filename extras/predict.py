@@ -1,6 +1,5 @@
 """What a trained network says of images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -58,11 +57,6 @@ def compute_log_probs(
     return torch.cat(outputs)
 
 
-def average_views(log_probs: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the probabilities of two views of each image, as log-probabilities (N, num_classes)."""
-    return torch.logaddexp(log_probs, mirrored) - math.log(2)
-
-
 Picture = str | Path | np.ndarray | torch.Tensor | Image.Image
 ACCEPTED = (
     "an image is a file's path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a tensor (3, H, W) of uint8 or of "
@@ -84,11 +78,14 @@ def to_picture(image: Picture) -> np.ndarray:
         image = Image.fromarray(image) if image.shape[2:] in ((), (3,)) else image
     if not isinstance(image, Image.Image) or 0 in image.size:
         raise UsageError(f"{ACCEPTED}; not {given}")
-    return resize_image(image)
+    try:
+        return resize_image(image)
+    except Exception as error:  # a file that PIL has opened is decoded only now
+        raise UsageError(f"{given} cannot be read as an image ({error})") from None
 
 
 def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Prediction]:
-    """Return what the checkpoint's network says of each image: what one may be says ACCEPTED.
+    """Return what the checkpoint's network says of each image; ACCEPTED says what one may be.
 
     Images are resized to 32x32 and normalized as in the checkpoint's training; computed on the CPU in float32.
     Raises UsageError for a checkpoint or an image that cannot be used.

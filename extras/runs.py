@@ -20,13 +20,13 @@ from torch import nn
 from config import Config, UsageError, check
 from dataset import Datasets
 from extras.architecture import describe_network, load_weights
-from extras.distributed import wait_for_all
+from extras.distributed import of_first_process, wait_for_all
 from extras.failures import only_warn, warn
 from extras.files import write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
-LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live, and keep its lock, for five
+LOCK_TIMEOUT = 10  # seconds; the workers of a killed run live for five, and may keep its lock
 # What may change when a run is continued.
 CHANGEABLE = {"epochs", "num_workers", "device", "precision", "compile", "data_dir"}
 
@@ -78,6 +78,8 @@ class Run:
                 checkpoint_that_counts(self.folder)  # which says so if it is gone
         elif (self.folder / BEST).exists():
             raise UsageError(f"{self.folder / LAST} is gone, and the run cannot be continued without it")
+        if self.facts["processes"] > 1 and of_first_process(len(rows)) != len(rows):
+            raise UsageError(f"run_dir {self.folder} is not the same for all processes: name one that all see")
         if self.rank == 0:
             write_atomically(self.folder / CONFIG, json.dumps(asdict(self.config), indent=2).encode() + b"\n")
         return rows
@@ -105,7 +107,7 @@ class Run:
             self.drawn = time.monotonic()
 
     def _compare(self, checkpoint: dict) -> None:
-        """Raise UsageError if the run cannot be continued as it is; say so if it will not be the same bit for bit."""
+        """Raise UsageError if the run cannot be continued as it is; say so if it has another number of processes."""
         done, before, now = checkpoint["epoch"], checkpoint["processes"], self.facts["processes"]
         if any(self.facts[name] != checkpoint[name] for name in ("class_names", "images")):
             where = self.config.data_dir
@@ -195,11 +197,12 @@ def resumed_config(run_dir: str, given: dict) -> Config:
     """Return the settings of the run in run_dir, but for those given now. Raises UsageError if it cannot go on."""
     path = Path(run_dir, CONFIG)
     try:
-        settings = json.loads(path.read_text())
-        others = sorted(settings.keys() ^ {field.name for field in fields(Config)})
-    except (OSError, ValueError, AttributeError) as error:
-        raise UsageError(f"{run_dir} holds no run: {CONFIG} cannot be read ({error})") from None
-    if others:
+        settings = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        if not Path(run_dir, LAST).exists():
+            raise UsageError(f"{run_dir} holds no run: {CONFIG} cannot be read ({error})") from None
+        settings = load_checkpoint(Path(run_dir, LAST))["config"]
+    if others := sorted(settings.keys() ^ {field.name for field in fields(Config)}):
         raise UsageError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
     saved = read_config(settings, path)
     config = replace(saved, run_dir=run_dir, **given)

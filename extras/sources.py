@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image, ImageOps
 
 from config import UsageError
@@ -56,7 +57,12 @@ def load_cifar(name: str, data_dir: Path) -> Source:
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     data_dir = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
     try:
-        train = dataset(data_dir, train=True, download=True)
+        try:
+            train = dataset(data_dir, train=True)
+        except RuntimeError:  # it is not there, or not whole
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with FileLock(data_dir / ".lock"):  # of two runs, one downloads
+                train = dataset(data_dir, train=True, download=True)
         test = dataset(data_dir, train=False)
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
         raise UsageError(

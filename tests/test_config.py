@@ -44,7 +44,7 @@ def test_number_out_of_range_is_named_with_its_range(name):
             check(replace(config, **{name: value}))
 
 
-def test_every_number_has_a_range():
+def test_every_range_is_that_of_a_number_and_was_tried():
     assert {field.name for field in fields(Config) if field.type in (int, float)} >= LIMITS.keys() == RANGES.keys()
 
 

@@ -141,7 +141,7 @@ def test_loader_leaves_everybody_elses_random_numbers_alone():
 def test_augmentation_that_makes_something_else_of_the_images_is_refused(transform, num_workers):
     dataset = shapes()
     dataset.augmentation = RepeatableCompose([transform])
-    with pytest.raises(UsageError, match=r"augmentation must keep images \(32, 32, 3\) uint8, not make \w+"):
+    with pytest.raises(UsageError, match=r"augmentation must keep \(32, 32, 3\) uint8, not make \S*\(.+\) \S+"):
         next(iter(make_loader(dataset, 4, num_workers=num_workers)))
 
 

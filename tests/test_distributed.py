@@ -1,5 +1,6 @@
 """One run in several processes, started by the real torchrun."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -17,8 +18,10 @@ from filelock import FileLock, Timeout
 from torch import distributed as dist
 from torch import nn
 
+import train
 from config import Config, UsageError
 from dataset import load_datasets, make_loader
+from extras import command_line
 from extras.distributed import SharedBatchNorm2d, process_group, share_training
 from extras.predict import load_network
 from extras.runs import open_run
@@ -126,6 +129,17 @@ def test_evaluation_is_the_work_of_one_process(runs, cli, capsys):
     capsys.readouterr()
     assert cli("--evaluate", runs / "3" / "best.pt", "--no-report") == 0
     assert out == capsys.readouterr().out
+
+
+def test_continued_run_joins_the_others_on_its_own_device(finished, cli, monkeypatch):
+    devices = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(command_line, "process_group", lambda device: contextlib.nullcontext(devices.append(device)))
+    monkeypatch.setattr(command_line, "of_first_process", lambda value: value)
+    monkeypatch.setattr(train, "main", lambda config, **options: devices.append(config.device))
+    assert cli("--resume", finished) == 0
+    assert devices == ["cpu", "cpu"]  # not "auto", which config.py says
 
 
 # --- one process alone, in a group of its own ---

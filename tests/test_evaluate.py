@@ -10,6 +10,7 @@ import train
 from config import config
 from dataset import load_datasets, make_loader
 from extras.predict import load_network
+from extras.runs import best_row, checkpoint_that_counts
 from model import Net
 from tests.conftest import ROOT, equal, flags
 from utils import load_checkpoint, save_checkpoint
@@ -22,6 +23,13 @@ def test_checkpoint_is_tested_with_its_own_settings_but_for_those_given(cli, fin
     last = load_checkpoint(finished / "last.pt")["metrics"][-1]  # of the same images, for none were held out
     assert loss == pytest.approx(last["valid_loss"], abs=0.05 if "bfloat16" in argv else 1e-4)
     assert accuracy == pytest.approx(last["valid_accuracy"], abs=10 if "bfloat16" in argv else 1e-4)
+
+
+def test_device_and_precision_of_the_training_need_not_be_here(cli, finished):
+    last = load_checkpoint(finished / "last.pt")
+    last["config"] |= {"device": "cuda:99", "precision": "float16"}
+    save_checkpoint("far.pt", last)
+    assert cli("--evaluate", "far.pt", "--no-report") == 0
 
 
 def test_only_the_test_images_are_needed(cli, finished, pictures, capsys):
@@ -85,3 +93,32 @@ def test_test_images_play_no_part_before_the_end(cli, tiny, narrow, pictures):
     one, other = load_checkpoint("one/best.pt"), load_checkpoint("other/best.pt")
     assert one["metrics"] == other["metrics"]
     assert equal(dict(one["model"]), dict(other["model"]))
+
+
+# --- the checkpoint that counts ---
+
+
+def test_best_epoch_is_the_first_of_equals():
+    rows = [{"epoch": epoch, "valid_accuracy": accuracy} for epoch, accuracy in [(1, 10.0), (2, 30.0), (3, 30.0)]]
+    assert best_row(rows)["epoch"] == 2
+
+
+def test_best_counts_only_if_held_out_images_chose_it(copy_of_finished):
+    assert checkpoint_that_counts(copy_of_finished).name == "last.pt"
+    last = load_checkpoint(copy_of_finished / "last.pt")
+    last["config"]["valid_split"] = 0.1
+    save_checkpoint(copy_of_finished / "last.pt", last)
+    assert checkpoint_that_counts(copy_of_finished).name == "best.pt"
+
+
+def test_continued_run_says_that_its_best_checkpoint_is_gone_and_tests_the_last(cli, tiny, narrow, capsys):
+    assert cli(*flags(tiny, valid_split=0.2, run_dir="run"), "--no-report") == 0
+    last = load_checkpoint("run/last.pt")
+    last["metrics"][0]["valid_accuracy"] = 100.0  # the first epoch was the best
+    save_checkpoint("run/last.pt", last)
+    Path("run/best.pt").write_bytes(b"PK")
+    capsys.readouterr()
+    assert cli("--resume", "run", "--no-report") == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"Best Valid Acc: 100\.0000 \(epoch 1\)\..+\nTest Loss: ", out)
+    assert err.startswith("train.py: warning: run/best.pt is gone or damaged: last.pt is tested in its place")

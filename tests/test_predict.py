@@ -17,7 +17,12 @@ NAMES, MEAN, STD = ["cat", "dog", "eel"], (0.2, 0.3, 0.4), (0.1, 0.2, 0.3)
 def checkpoint(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "some.pt"
-    save_checkpoint(path, {"model": Net(num_classes=3).state_dict(), "class_names": NAMES, "mean": MEAN, "std": STD})
+    net = Net(num_classes=3)
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    net(torch.randn(32, 3, 32, 32))  # without averages of some images, it would say the same of every image
+    save_checkpoint(path, {"model": net.state_dict(), "class_names": NAMES, "mean": MEAN, "std": STD})
     return path
 
 
@@ -83,6 +88,13 @@ def test_one_image_is_no_list_of_images(checkpoint, pixels, wrap):
 def test_what_is_no_image_is_refused_with_what_one_may_be(checkpoint, pixels, spoil):
     with pytest.raises(UsageError, match=r"an image is a file's path, .*; not \w+"):
         predict(checkpoint, [pixels, spoil(pixels)])
+
+
+def test_pil_image_of_a_damaged_file_is_refused(checkpoint, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"^PngImageFile cannot be read as an image \("):
+        predict(checkpoint, [Image.open(tmp_path / "cut.png")])
 
 
 def test_command_line_prints_the_three_likeliest_of_each_image(cli, finished, pictures, capsys):

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -91,6 +92,16 @@ def test_without_data_and_network_the_ways_out_are_named(tmp_path):
     check_that_cifar10_is_refused(tmp_path / "empty", "no network")
     (tmp_path / "file").touch()
     check_that_cifar10_is_refused(tmp_path / "file" / "data", "Not a directory")
+
+
+def test_one_run_at_a_time_downloads(tmp_path, monkeypatch):
+    def download(self):
+        with pytest.raises(Timeout):
+            FileLock(tmp_path / ".lock").acquire(timeout=0)
+        raise OSError("it was locked")
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    check_that_cifar10_is_refused(tmp_path, "it was locked")
 
 
 def flip_a_bit(path):

@@ -58,6 +58,13 @@ def test_all_parts_are_normalized_alike_and_only_the_training_images_are_augment
         assert torch.equal(first, second) != augmented
 
 
+def test_augmentation_follows_from_the_seed():
+    settings = replace(config, dataset="shapes")
+    first, again, other = (read(load_datasets(replace(settings, seed=seed)).train, 1) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_one_class_alone_is_refused(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)

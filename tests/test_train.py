@@ -213,6 +213,14 @@ def test_settings_reach_the_training(cli, tiny, narrow):
     assert len(losses) == len(changes)
 
 
+def test_plateau_follows_the_validation(cli, tiny, narrow, monkeypatch):
+    monkeypatch.setattr(train, "validate", lambda *args: {"loss": 1.0, "accuracy": 50.0})
+    argv = flags(tiny, schedule="plateau", learning_rate=0.02, epochs=4, run_dir="run")
+    assert cli(*argv, "--no-report") == 0
+    rates = [row["learning_rate"] for row in load_checkpoint("run/last.pt")["metrics"]]
+    assert rates == pytest.approx([0.02, 0.02, 0.02, 0.002])
+
+
 def test_each_epoch_has_images_and_dropout_of_its_own(cli, tiny, narrow, monkeypatch):
     seen, forward = [], Net.forward
 

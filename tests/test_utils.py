@@ -1,5 +1,6 @@
 import hashlib
 import io
+import multiprocessing
 import os
 import pickle
 import re
@@ -64,13 +65,17 @@ def test_auto_precision_is_bfloat16_where_it_is_native(monkeypatch, device, capa
 def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch, cores, processes, beside_cpu, beside_cuda):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # torchrun's processes on this machine
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["fork", "spawn"])  # as on Linux
     assert (choose_workers(-1, CPU), choose_workers(-1, CUDA)) == (beside_cpu, beside_cuda)
     assert choose_workers(3, CPU) == 3
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])  # as on Windows
+    assert choose_workers(-1, CUDA) == min(beside_cuda, 2)
 
 
 def test_deterministic_asks_torch_for_it(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     matmul_before = torch.backends.cuda.matmul.fp32_precision
+    torch.set_deterministic_debug_mode("warn")  # as a notebook may have it
     for deterministic in (True, False):
         with numerics(deterministic):
             assert torch.are_deterministic_algorithms_enabled() == deterministic
@@ -78,6 +83,8 @@ def test_deterministic_asks_torch_for_it(monkeypatch):
             assert torch.backends.cudnn.conv.fp32_precision == "ieee"  # float32 is float32, deterministic or not
             assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.cuda.matmul.fp32_precision == matmul_before
+    assert torch.get_deterministic_debug_mode() == 1  # warn
+    torch.set_deterministic_debug_mode("default")
     assert not torch.are_deterministic_algorithms_enabled()
     assert os.environ.pop("CUBLAS_WORKSPACE_CONFIG") == ":4096:8"
 
