@@ -19,7 +19,7 @@ def describe_network(net: nn.Module) -> dict[str, object]:
             described[f"{name}.type"] = type(module).__name__.removeprefix("Shared")  # of SharedBatchNorm2d
             for key, value in vars(module).items():
                 parts = value if type(value) is tuple else (value,)
-                plain = all(type(part) in (bool, int, float, str) for part in parts)  # others would not be loaded again
+                plain = all(type(part) in (bool, int, float, str) for part in parts)  # others could not be loaded back
                 if plain and key[0] != "_" and key != "training":
                     described[f"{name}.{key}"] = value
     return described
@@ -30,7 +30,7 @@ def _shapes(weights: dict[str, Tensor]) -> dict[str, tuple]:
 
 
 def load_weights(net: nn.Module, checkpoint: dict, path: str | Path) -> None:
-    """Load the weights of a checkpoint, read from path; if they are another network's, load none, raise UsageError."""
+    """Load the weights of a checkpoint, read from path. Raises UsageError, loading none, for another network's."""
     here, there = _shapes(net.state_dict()), _shapes(checkpoint["model"])
     if "network" in checkpoint:
         here |= describe_network(net)

@@ -1,4 +1,4 @@
-"""What stands after ``python train.py``: open it to add a flag that is no setting of config.py."""
+"""What comes after ``python train.py``: open it to add a flag that is not a setting in config.py."""
 
 import argparse
 import builtins
@@ -26,8 +26,8 @@ from extras.runs import CHANGEABLE, checkpoint_that_counts, describe_progress, r
 from extras.speed import keep_freed_memory
 from utils import new_run_dir
 
-IN_NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # or in IPython in a terminal, by %run
-WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict asks if no checkpoint is named
+IN_NOTEBOOK = hasattr(builtins, "__IPYTHON__")  # or IPython in a terminal, by %run
+WEIGHTS = Path(__file__).parent.parent / "weights" / "cifar10.pt"  # what --predict uses if no checkpoint is named
 
 MODES = "--resume", "--evaluate", "--predict", "--tta", "--no-report"
 # What may be given beside --resume, --evaluate and --predict; the rest follows from the run or the checkpoint.
@@ -39,19 +39,19 @@ GIVEN_WITH = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, but that a wrong command line is a UsageError."""
+    """argparse, except that a wrong command line raises UsageError."""
 
     def error(self, message: str):
         raise UsageError(message)
 
 
 def to_flag(name: str) -> str:
-    """Return the flag of a field of Config: "batch_size" is "--batch-size"."""
+    """Return the flag for a field of Config: "batch_size" is "--batch-size"."""
     return f"--{name.replace('_', '-')}"
 
 
 def to_bool(text: str) -> bool:
-    """Return what the words "true" and "false" say; raise ArgumentTypeError for another."""
+    """Return the value of the word "true" or "false"; raise ArgumentTypeError for any other."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
     return text.lower() == "true"
@@ -103,8 +103,8 @@ def make_parser() -> _Parser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line. Raises UsageError for a wrong one.
 
-    The result has `config` and `given`, the fields of it that stand on the command line with their values; `resume`,
-    `evaluate`, `predict` (images; `evaluate` names the checkpoint then) and `tta`; `report`: whether to draw pictures.
+    The result has `config` and `given`, those of its fields that the command line names, with their values; `resume`,
+    `evaluate`, `predict` (images; `evaluate` then names the checkpoint) and `tta`; `report`: whether to draw pictures.
     """
     parser, names = make_parser(), [field.name for field in fields(Config)]
     arguments, unknown = parser.parse_known_args(argv)
@@ -127,37 +127,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--predict goes with --evaluate PATH only")
     if arguments.predict and arguments.evaluate is None:
         arguments.evaluate = str(WEIGHTS)
-    if arguments.resume and Path(arguments.resume).is_file():  # of the run's folder
+    if arguments.resume and Path(arguments.resume).is_file():  # a file in the run's folder
         arguments.resume = str(Path(arguments.resume).parent)
     return arguments
 
 
 def stop(signum: int, frame: object) -> None:
-    """Raise SignalReceived: what Ctrl-C and SIGTERM do, instead of what Python does."""
+    """Raise SignalReceived: what Ctrl-C and SIGTERM do here, in place of what Python does."""
     raise SignalReceived(signum)
 
 
 def set_up_output() -> None:
-    """Let no print end a run: whatever a name holds, whatever the terminal's encoding, or if there is none.
+    """Keep print from ending a run, whatever a name holds, whatever the terminal's encoding, even with no terminal.
 
-    Of several processes only rank 0 speaks, until first_to_fail lets another.
+    Of several processes, only rank 0 prints, until first_to_fail lets another.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed, or this is pythonw
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with contextlib.suppress(AttributeError):  # a notebook's takes everything
+        with contextlib.suppress(AttributeError):  # a notebook's stream takes everything
             getattr(sys, name).reconfigure(errors="backslashreplace")
     if dist.is_torchelastic_launched() and os.environ["RANK"] != "0":
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if not IN_NOTEBOOK:
-        os.environ.pop("MPLBACKEND", None)  # of the notebook that started this: it may not be there, nor is it needed
+        os.environ.pop("MPLBACKEND", None)  # from a notebook that started this: it may be missing here, and is unneeded
 
 
 def run(main: Callable[..., None]) -> None:
-    """Do what the command line asks, by main(config, resume, report) where it is to train.
+    """Do what the command line asks; to train, call main(config, resume, report).
 
-    An end before time is one line on stderr and an exit code that is not 0; one line in all, if several processes
-    share the run.
+    A run that ends early prints one line on stderr, and its exit code is not 0. Processes that share a run print one
+    line between them.
     """
     set_up_output()
     arguments, run_dir, several = None, "", dist.is_torchelastic_launched()
@@ -190,17 +190,17 @@ def run(main: Callable[..., None]) -> None:
         if IN_NOTEBOOK:  # it lives on
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    # Only here: the exception is gone, and with its frames the bars and the workers that they held.
+    # Only here: by now the exception is gone, and with its frames the bars and the workers that they held.
     if code != 2 and arguments is not None and arguments.evaluate is None:
         message += f"; {describe_progress(run_dir, resumable, launcher())}"
     print(f"train.py: {message}\n", end="", file=sys.stderr, flush=True)  # one piece: torchrun writes there too
     if several:
-        os._exit(code)  # nccl's own end would wait for the others
+        os._exit(code)  # nccl's own shutdown would wait for the others
     sys.exit(code)
 
 
 def carry_out(arguments: argparse.Namespace, config: Config, main: Callable[..., None]) -> None:
-    """Train, continue, evaluate or predict. Evaluation and prediction are the work of one process."""
+    """Train, continue, evaluate or predict. Only one process evaluates or predicts."""
     keep_freed_memory()
     if arguments.resume is not None:
         main(resumed_config(arguments.resume, arguments.given), resume=True, report=arguments.report)

@@ -19,7 +19,7 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def launcher() -> str:
-    """Return what starts train.py in as many processes again; for several machines only "torchrun ..."."""
+    """Return the command that runs train.py in as many processes again; on several machines, just "torchrun ..."."""
     if not dist.is_initialized():
         return "python"
     one_machine = os.environ["GROUP_WORLD_SIZE"] == "1"
@@ -30,7 +30,7 @@ def launcher() -> str:
 def process_group(device: str) -> Iterator[None]:
     """Join the other processes that torchrun started, each with a CUDA device of its own."""
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
-    # gloo carries what is on the CPU, in a run on CUDA too: it notices at once when a peer is gone
+    # gloo carries what is on the CPU, even in a run on CUDA: it notices at once when a peer is gone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
@@ -42,16 +42,16 @@ def process_group(device: str) -> Iterator[None]:
             raise UsageError(f"there are {count} CUDA devices for more processes: start fewer, or give --device cpu")
         torch.cuda.set_device(number)
     yield
-    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. The end of the
-    # group ends gloo's threads too: one that asked for a tensor's Python object while Python ends would abort the
-    # process. A group that is still held does not end, and torch.distributed.nn, which the first step would import,
-    # holds the one that it finds: so it is imported above, while there is none.
+    # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. The group's end
+    # also ends gloo's threads: one that asked for a tensor's Python object while Python shuts down would abort the
+    # process. A group that something holds does not end, and torch.distributed.nn, which the first step would import,
+    # holds the group that it finds. So it is imported above, while there is none.
     wait_for_all()
     dist.destroy_process_group()
 
 
 def first_to_fail() -> bool:
-    """Whether this process is the first of the run to fail, and so the one that says why; it can be heard then.
+    """Return whether this process is the run's first to fail; if so, let it print, for it is the one to say why.
 
     The others fail because it did. torchrun's own process keeps the count, so a killed rank 0 changes nothing.
     """
@@ -67,7 +67,7 @@ def first_to_fail() -> bool:
 
 
 def of_first_process(value: object) -> object:
-    """Return the value that rank 0 gives, a plain one."""
+    """Return rank 0's value, a plain one, in all processes."""
     values = [value]
     dist.broadcast_object_list(values, device=torch.device("cpu"))
     return values[0]
@@ -76,7 +76,7 @@ def of_first_process(value: object) -> object:
 def first_rank_first(function: Callable, *args):
     """Return function(*args), called by rank 0 first, then by the first process of every other machine, then the rest.
 
-    So what one has downloaded to a disk that others see, they find there. They fail if it fails.
+    So the others find what one has downloaded to a disk that they see too. If it fails, they fail.
     """
     turn = (dist.get_rank() > 0) + (int(os.environ["LOCAL_RANK"]) > 0)
     for number in range(3):
@@ -93,16 +93,16 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def wait_for_all() -> None:
-    """Go on when all processes are here. dist.barrier would take nccl, which waits for ever for one that is gone."""
+    """Wait until all processes are here. dist.barrier would use nccl, which waits for ever for one that is gone."""
     sum_over_processes(torch.zeros(()))
 
 
 def share_training(net: nn.Module, batch_size: int) -> None:
-    """Make training in several processes that of one: rank 0's weights, BatchNorm over all images of a batch.
+    """Make several processes train as one would: rank 0's weights, BatchNorm over all images of a batch.
 
-    Each image counts the same: a process's mean loss counts by its part of the batch's images. The gradients are
-    summed by sum_gradients. Names and parameters stay. Raises UsageError for a batch with fewer images than processes,
-    a CUDA device that is not the process's own, and a BatchNorm2d without weights or running averages.
+    Each image counts the same: a process's mean loss is weighted by its share of the batch's images. The gradients
+    are summed by sum_gradients. Names and parameters stay. Raises UsageError for a batch with fewer images than
+    processes, a CUDA device that is not the process's own, and a BatchNorm2d without weights or running averages.
     """
     device = next(net.parameters()).device
     own = device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device())
@@ -130,10 +130,10 @@ def _weigh_by_images(net: nn.Module, args: tuple, log_probs: torch.Tensor) -> No
 def sum_gradients(net: nn.Module) -> None:
     """Replace the gradients by their sums over all processes.
 
-    They are one message in one order. DistributedDataParallel regroups them after its first step (unless told
-    find_unused_parameters=True), and the sums of three processes or more are rounded differently then: a resumed run
-    would not be the same run. What it gains by sending the first gradients during backward needs more than this
-    network's 0.55 MB.
+    They travel as one message, in one order. DistributedDataParallel regroups them after its first step (unless told
+    find_unused_parameters=True), so that sums over three or more processes are rounded differently: a resumed run
+    would not be the same run. Sending the first gradients during backward, as it does, gains something only for more
+    than this network's 0.55 MB.
     """
     gradients = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
     sums = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -178,7 +178,7 @@ class _Normalize(torch.autograd.Function):
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
-        # Each x also moves the mean and the variance, and with them everybody's output.
+        # Each x also moves the mean and the variance, and with them every output.
         by_var, by_mean = sum_over_processes(torch.stack([grad_weight, grad_bias])) / count
         inverse_std = torch.rsqrt(var + ctx.eps)
         scale = weight * inverse_std

@@ -1,4 +1,4 @@
-"""A checkpoint on the test images, at the end of a run or with --evaluate."""
+"""How a checkpoint does on the test images, at the end of a run or with --evaluate."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ def print_accuracy(title: str, log_probs: torch.Tensor, dataset: ImageDataset) -
 
 
 def draw_report(folder: Path, net: torch.nn.Module, checkpoint: dict, data: tuple, log_probs: torch.Tensor) -> None:
-    """Write the pictures of a checkpoint and report.md into the folder; what fails there is a warning."""
+    """Write the pictures of a checkpoint and report.md into the folder; a failure there is only a warning."""
     with only_warn("the report"):
         from extras.report import PAGE, write_report  # here: matplotlib is slow to import
 
@@ -33,11 +33,11 @@ def draw_report(folder: Path, net: torch.nn.Module, checkpoint: dict, data: tupl
 
 
 def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
-    """Print a checkpoint's loss and accuracy on the test images, with its own settings but for those given now.
+    """Print a checkpoint's loss and accuracy on the test images, with its own settings except those given now.
 
-    given: "device" and "precision" at least, for those of the training may not be here.
-    report: whether its pictures and report.md are written beside it. tta: whether the accuracy with mirrored
-    images is printed too. Raises UsageError.
+    given: at least "device" and "precision", since those of the training may be missing here.
+    report: whether to write its pictures and report.md beside it. tta: whether to print the accuracy with mirrored
+    images too. Raises UsageError.
     """
     net, checkpoint = load_network(path)
     config = replace(read_config(checkpoint["config"], path), **given)
@@ -66,7 +66,7 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
 def report_results(config: Config, data: Datasets, report: bool) -> None:
     """Print a run's best accuracy; test the best epoch's network if images were held out to choose it; draw pictures.
 
-    The pictures are those of the network that was tested; without held-out images, of the last epoch's.
+    The pictures are of the network that was tested or, without held-out images, of the last epoch's.
     """
     net, checkpoint = load_network(checkpoint_that_counts(config.run_dir))
     best = best_row(checkpoint["metrics"])

@@ -1,4 +1,4 @@
-"""How an end before time is told, in one line, and what is only a warning: open it to see what each error ends in."""
+"""What a run that ends early says in one line, and what is only a warning: open it to see how each error ends."""
 
 import contextlib
 import errno
@@ -15,9 +15,9 @@ from config import UsageError
 
 
 class RunStopped(Exception):
-    """The end of a run before its time that is no bug of the program; the message is one line for the user.
+    """The early end of a run that is not a bug of the program; the message is one line for the user.
 
-    resumable: whether it makes sense to continue the run: not if it would end in the same way again.
+    resumable: whether it makes sense to continue the run; not if it would end in the same way again.
     """
 
     def __init__(self, message: str, resumable: bool = True):
@@ -26,7 +26,7 @@ class RunStopped(Exception):
 
 
 class SignalReceived(BaseException):
-    """Ctrl-C or SIGTERM; no Exception, so that no library takes it for an error that it can handle."""
+    """Ctrl-C or SIGTERM; not an Exception, so that no library takes it for an error that it can handle."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -35,13 +35,13 @@ class SignalReceived(BaseException):
 
 @functools.cache
 def warn(message: str) -> None:
-    """Print one line on stderr, the first time that it is asked to; the run goes on."""
+    """Print one line on stderr, once for each message; the run goes on."""
     print(f"train.py: warning: {message}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def only_warn(what: str) -> Iterator[None]:
-    """Let what is only decoration fail: a picture that cannot be drawn is one warning line, and no end."""
+    """Let mere decoration fail: a picture that cannot be drawn costs one warning line, not the run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -55,11 +55,11 @@ OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory|C(UBLAS|U
 
 
 def describe_failure(error: BaseException) -> tuple[int, str] | None:
-    """Return exit code and message for a user's mistake or what befell the run; None for a mistake of ours."""
+    """Return exit code and message for a user's mistake or a mishap of the run; None for a bug of ours."""
     whole = " ".join(str(error).splitlines())
     text = str(error).partition("\n")[0]
     if isinstance(error, UsageError):
-        return 2, f"error: {whole.rpartition('UsageError: ')[2]}"  # a worker's comes with its traceback before it
+        return 2, f"error: {whole.rpartition('UsageError: ')[2]}"  # a worker's has its traceback in front
     if isinstance(error, SignalReceived):
         return 128 + error.signum, f"stopped by {signal.Signals(error.signum).name}"
     if isinstance(error, RunStopped):

@@ -10,9 +10,9 @@ from extras.failures import RunStopped
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file by a whole new one: whoever reads it, at any moment, finds the old or the new content.
+    """Replace the file with a whole new one: whoever reads it, at any moment, finds the old or the new content.
 
-    Raises RunStopped if it cannot be written; what was there before is untouched then.
+    Raises RunStopped if it cannot be written; what was there before then stays untouched.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # --evaluate may report into a run's folder
     try:
@@ -31,7 +31,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         raise RunStopped(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        with contextlib.suppress(OSError):  # it has its name by now, or cannot be removed
+        with contextlib.suppress(OSError):  # it has been renamed by now, or cannot be removed
             temporary.unlink()
     with contextlib.suppress(OSError):  # Windows and some filesystems cannot do this with a folder
         folder = os.open(path.parent, os.O_RDONLY)

@@ -11,7 +11,7 @@ class Muon(torch.optim.Optimizer):
 
     Each step's matrix is replaced by a nearly orthogonal one, so that every direction in which the layer can
     change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
-    for matrices, but computes in bfloat16 always: several times slower on a CPU that has none.
+    for matrices, but always computes in bfloat16: several times slower on a CPU without it.
 
     weight_decay: a step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
     """
@@ -21,7 +21,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look ahead."""
+        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look-ahead."""
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[weight]
@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 rows, columns = update.shape
-                stretch = max(1, rows / columns) ** 0.5  # a tall matrix, whose outputs are many, takes a longer step
+                stretch = max(1, rows / columns) ** 0.5  # a tall matrix, with many outputs, takes a longer step
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(update.view_as(weight) * (group["lr"] * stretch))
 

@@ -1,4 +1,4 @@
-"""What a trained network says of images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
+"""What a trained network says about images: ``predict("runs/<name>/best.pt", ["cat.jpg"])``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +47,7 @@ def compute_log_probs(
 ) -> torch.Tensor:
     """Return the log-probabilities (N, num_classes) of all the loader's images, float32 on the CPU.
 
-    mirrored: those of the mirror images. description: that of the bar in a terminal; without it there is none.
+    mirrored: of their mirror images instead. description: the progress bar's, in a terminal; without it, no bar.
     """
     net.eval()
     device, outputs = next(net.parameters()).device, []
@@ -65,7 +65,7 @@ ACCEPTED = (
 
 
 def to_picture(image: Picture) -> np.ndarray:
-    """Return an image as a (32, 32, 3) uint8 array. Raises UsageError for what is no image: see ACCEPTED."""
+    """Return an image as a (32, 32, 3) uint8 array. Raises UsageError for anything but an image: see ACCEPTED."""
     if isinstance(image, (str, Path)):
         return read_image(image)
     given = f"{type(image).__name__} {getattr(image, 'shape', '')} {getattr(image, 'dtype', '')}".strip()
@@ -85,7 +85,7 @@ def to_picture(image: Picture) -> np.ndarray:
 
 
 def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Prediction]:
-    """Return what the checkpoint's network says of each image; ACCEPTED says what one may be.
+    """Return what the checkpoint's network says about each image; ACCEPTED says what an image may be.
 
     Images are resized to 32x32 and normalized as in the checkpoint's training; computed on the CPU in float32.
     Raises UsageError for a checkpoint or an image that cannot be used.

@@ -1,6 +1,6 @@
 """A run in pictures: open it to change what report.md shows.
 
-Each plot_ function returns a matplotlib Figure, which has nothing to do with a screen.
+Each plot_ function returns a matplotlib Figure, which needs no screen.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be
 
 
 def short(name: str, length: int = 20) -> str:
-    """Return a class name, which may be a folder's of any bytes, as it fits into a picture."""
+    """Return a class name, perhaps a folder's with any bytes in it, in a form that fits into a picture."""
     name = name.encode(errors="backslashreplace").decode()
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
@@ -68,13 +68,13 @@ def count_confusions(labels: torch.Tensor, predictions: torch.Tensor, num_classe
 
 @names_as_they_are
 def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
-    """Return the confusion matrix (true, predicted) with each class's accuracy; a colour is the part of its row."""
-    count, few = len(class_names), len(class_names) <= 30  # then a number has room in each cell
+    """Return the confusion matrix (true, predicted) with each class's accuracy; colour shows shares of a row."""
+    count, few = len(class_names), len(class_names) <= 30  # then each cell has room for a number
     rates = (100 * counts / counts.sum(dim=1, keepdim=True).clamp(min=1)).numpy()
     side, font = (max(4.5, 0.55 * count), 9) if few else (0.16 * count, 6)
     figure = Figure(figsize=(side + 2, side + 1), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # a few in a hundred are seen too
+    axes.imshow(rates, cmap="Blues", norm=PowerNorm(0.5, 0, 100))  # a few in a hundred can be seen too
     for row, column in counts.nonzero().tolist() if few else ():
         color = "white" if rates[row, column] > 30 else "black"
         axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=color, fontsize=font)
@@ -87,9 +87,9 @@ def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
 
 
 def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return how much each part of normalized images (N, 3, H, W) speaks for the target classes: (N, H, W), 0 to 1.
+    """Return how far each part of normalized images (N, 3, H, W) supports the target classes: (N, H, W), 0 to 1.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, of the last layer whose output still is an image;
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, at the last layer whose output is still an image;
     0 everywhere if the network has none.
     """
     with warnings.catch_warnings():
@@ -117,7 +117,7 @@ def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torc
 def plot_predictions(
     net: nn.Module, test: ImageDataset, log_probs: torch.Tensor, chosen: Sequence[int], title: str
 ) -> Figure:
-    """Return the chosen test images with what the network says of them, each beside what spoke for that.
+    """Return the chosen test images with the network's answers, each beside a heat map of the evidence.
 
     log_probs: (N, num_classes) of the test images.
     """
@@ -154,7 +154,7 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
 
 @names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
-    """Return training images as they are, one of each of the first classes, and as nine epochs' augmentation."""
+    """Return a training image of each of the first classes, as it is and as augmented in nine epochs."""
     labels, before = train.labels.numpy(), train.epoch.item()
     indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
     columns = [train.images.numpy()[indices]]
@@ -190,11 +190,11 @@ def write_report(
 ) -> None:
     """Write the pictures of a checkpoint and its network, and report.md, which shows them.
 
-    log_probs: (N, num_classes) of the test images. The curves are those of the whole run, if its last checkpoint is
-    in the folder too. A picture that fails is a warning; raises RunStopped if the page cannot be written.
+    log_probs: (N, num_classes) of the test images. The curves are those of the whole run if its last checkpoint is in
+    the folder too. A picture that fails is only a warning; raises RunStopped if the page cannot be written.
     """
     rows = checkpoint["metrics"]
-    with contextlib.suppress(UsageError):  # a missing or damaged last.pt takes nothing from this checkpoint's report
+    with contextlib.suppress(UsageError):  # a missing or damaged last.pt must not spoil this checkpoint's report
         last = load_checkpoint(folder / LAST)
         rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))

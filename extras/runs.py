@@ -36,12 +36,12 @@ class Run:
 
     def __init__(self, config: Config, data: Datasets, report: bool, rank: int, world_size: int):
         self.config, self.folder, self.rank, self.report = config, Path(config.run_dir), rank, report
-        self.drawn = -math.inf  # when the curves were drawn last
+        self.drawn = -math.inf  # when the curves were last drawn
         digest = hashlib.sha256()
         for dataset in data:
             digest.update(dataset.images.numpy())
             digest.update(dataset.labels.numpy())
-        # What all checkpoints of the run say alike.
+        # The same in all checkpoints of the run.
         self.facts = {
             "config": asdict(config),
             "class_names": data.train.class_names,
@@ -54,12 +54,12 @@ class Run:
     def restore(
         self, net: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler
     ) -> list:
-        """Load the last checkpoint, if an epoch is finished already; return the metrics of each epoch so far.
+        """Load the last checkpoint, if any epoch is finished; return the metrics of each epoch so far.
 
         Raises UsageError for a checkpoint of other images or settings, of another network or other optimizers.
         """
         rows = []
-        self.facts["network"] = describe_network(net)  # now: a module that counts its calls differs after them
+        self.facts["network"] = describe_network(net)  # now: a module that counts its calls will change
         if (self.folder / LAST).exists():
             checkpoint = load_checkpoint(self.folder / LAST)
             self._compare(checkpoint)
@@ -75,7 +75,7 @@ class Run:
             print(f"Continuing after epoch {len(rows)}")
             if self.rank == 0:
                 self._follow_last(checkpoint)
-                checkpoint_that_counts(self.folder)  # which says so if it is gone
+                checkpoint_that_counts(self.folder)  # warns if best.pt is needed and gone
         elif (self.folder / BEST).exists():
             raise UsageError(f"{self.folder / LAST} is gone, and the run cannot be continued without it")
         if self.facts["processes"] > 1 and of_first_process(len(rows)) != len(rows):
@@ -85,7 +85,7 @@ class Run:
         return rows
 
     def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler) -> None:
-        """Write the files of a finished epoch. It counts as saved when it is in last.pt; the others follow from that.
+        """Write the files of a finished epoch. It counts as saved once it is in last.pt; the others follow from that.
 
         Raises RunStopped if they cannot be written.
         """
@@ -135,7 +135,7 @@ class Run:
 def open_run(
     config: Config, data: Datasets, resume: bool = False, report: bool = True, rank: int = 0, world_size: int = 1
 ) -> Iterator[Run]:
-    """Create a run's folder, or take that of a run to resume, and lock it. report: whether curves are drawn.
+    """Create a run's folder, or open that of a run to resume, and lock it. report: whether to draw curves.
 
     Raises UsageError if the folder cannot be written, is in use, or holds another run.
     """
@@ -158,7 +158,7 @@ def open_run(
             for leftover in run.folder.glob(f"{name}.*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink(missing_ok=True)
         if world_size > 1:
-            wait_for_all()  # the others read the run only now: another one might have gone on with it so far
+            wait_for_all()  # the others read the run only now: until it was locked, another might have gone on with it
         yield run
 
 
@@ -180,7 +180,7 @@ def checkpoint_that_counts(run_dir: str | Path) -> Path:
 
 
 def read_config(settings: dict, where: str | Path) -> Config:
-    """Return the Config of saved settings, without those that this version does not have.
+    """Return the Config of saved settings, ignoring those that this version does not have.
 
     Raises UsageError, naming where they were, for one that cannot be used.
     """
@@ -194,7 +194,7 @@ def read_config(settings: dict, where: str | Path) -> Config:
 
 
 def resumed_config(run_dir: str, given: dict) -> Config:
-    """Return the settings of the run in run_dir, but for those given now. Raises UsageError if it cannot go on."""
+    """Return the settings of the run in run_dir, changed by those given now. Raises UsageError if it cannot go on."""
     path = Path(run_dir, CONFIG)
     try:
         settings = dict(json.loads(path.read_text()))
@@ -212,7 +212,7 @@ def resumed_config(run_dir: str, given: dict) -> Config:
 
 
 def describe_progress(run_dir: str, resumable: bool, launcher: str) -> str:
-    """Return what is saved of a run that ended early, and the command that continues it if that makes sense.
+    """Return what is saved of a run that ended early and, if it makes sense, the command that continues it.
 
     launcher: what comes before train.py in that command.
     """

@@ -1,6 +1,6 @@
 """Where images come from: CIFAR, a folder, drawn shapes. Open it to add a source of your own.
 
-A source gives plain arrays and class names, and everything after it is the same for all.
+A source gives plain arrays and class names; everything after it is the same for all.
 """
 
 import pickle
@@ -36,9 +36,9 @@ class Source(NamedTuple):
 
 
 def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
-    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be had.
+    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be loaded.
 
-    test_only: of a folder, the images to train on need not be there, and those to test on stand in for them.
+    test_only: a folder's training images need not be there; its test images stand in for them.
     """
     if name == "shapes":
         return load_shapes()
@@ -50,9 +50,9 @@ def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Sou
 def load_cifar(name: str, data_dir: Path) -> Source:
     """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir.
 
-    torchvision verifies each file's md5 before it unpickles it, and downloads what is damaged again.
+    torchvision verifies each file's md5 before it unpickles it, and downloads damaged files again.
     """
-    from torchvision import datasets  # here: it is slow to import, and other sources go without it
+    from torchvision import datasets  # here: it is slow to import, and other sources do without it
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     data_dir = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
@@ -81,8 +81,8 @@ def load_cifar(name: str, data_dir: Path) -> Source:
 def load_folder(data_dir: Path, test_only: bool = False) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
-    The classes are the folders' names in alphabetical order; what systems leave in folders is passed over.
-    Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is no image.
+    The classes are the folders' names in alphabetical order; what systems leave in folders is skipped.
+    Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is not an image.
     """
     names = _visible(data_dir / "test")
     if not test_only:
@@ -95,7 +95,7 @@ def load_folder(data_dir: Path, test_only: bool = False) -> Source:
 
 
 def _visible(folder: Path) -> list[str]:
-    """Return the sorted names of what a folder holds; raise UsageError if it is none or holds nothing."""
+    """Return the sorted names in a folder; raise UsageError if it cannot be read or is empty."""
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -120,27 +120,27 @@ def _read_classes(folder: Path, class_names: list[str]) -> Split:
 def read_image(path: str | Path) -> np.ndarray:
     """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # to open a pipe would wait for ever
+        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
             raise ValueError("not a file")
         with Image.open(path) as image:
             return resize_image(image)
     except OSError as error:
         raise UsageError(f"{path} cannot be read as an image ({error.strerror or 'damaged, or no image'})") from None
-    except Exception as error:  # what Pillow's decoders raise at a damaged file is theirs to choose
+    except Exception as error:  # Pillow's decoders may raise anything at a damaged file
         raise UsageError(f"{path} cannot be read as an image ({error})") from None
 
 
 def resize_image(image: Image.Image) -> np.ndarray:
     """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
 
-    What is transparent is white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
+    Transparent parts become white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
     """
     raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
     transparent = image.info.get("transparency")
-    # Pillow makes 8 bits of other depths, but not of the transparent value.
+    # Pillow converts other depths to 8 bits, but not the transparent value.
     if raw == "RGB;16B" and transparent is not None:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if raw in ("L;2", "L;4") and transparent is not None:
@@ -198,6 +198,6 @@ def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     background = 0.6 * rng.random((count, 1, 1, 3))
     figure = background + 0.25 + 0.15 * rng.random((count, 1, 1, 3))
     pictures = np.where(inside[..., None], figure, background)
-    flipped = rng.random((count, 1, 1, 1)) < 0.5  # as often dark on bright
+    flipped = rng.random((count, 1, 1, 1)) < 0.5  # about half are dark on bright
     pictures = np.where(flipped, 1 - pictures, pictures) + 0.3 * (rng.random(pictures.shape) - 0.5)
     return Split((255 * pictures.clip(0, 1)).astype(np.uint8), labels)

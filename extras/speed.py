@@ -1,4 +1,4 @@
-"""Faster by settings of torch and of the C library: open it to see what --compile does, or when memory is short."""
+"""Speed from settings of torch and of the C library: open it to see what --compile does, or when memory is short."""
 
 import ctypes
 import os
@@ -14,10 +14,10 @@ from config import Config, UsageError
 
 
 def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
-    """Return what takes the same training step as `step`, train.train_step, in less time: on CUDA a RecordedStep.
+    """Return a faster way to take the same training step as `step` (train.train_step): on CUDA, a RecordedStep.
 
-    Elsewhere it is `step` itself, and torch.compile compiles net, in place, at its first use; the names of its weights
-    stay. Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
+    Elsewhere it is `step` itself, and torch.compile compiles net in place at its first use; its weights keep their
+    names. Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
     Raises UsageError where the compiler that torch.compile needs is missing, for float16 on CUDA, whose step waits for
     the CPU, and for several processes, whose messages cannot be compiled.
     """
@@ -37,9 +37,9 @@ def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int 
 class RecordedStep:
     """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
 
-    It is recorded once, for one network, with the options that it has then; what Python does in it, such as an `if` in
-    `forward`, is done that once. The first dozen steps are taken as they are, while CUDA's libraries make their
-    choices, and so is each batch of another size, an epoch's last. What a call returns is overwritten by the next.
+    It is recorded once, for one network, with the options that it has then; Python code in it, such as an `if` in
+    `forward`, runs only that once. The first dozen steps are taken as they are, while CUDA's libraries make their
+    choices; so is any batch of another size, an epoch's last. What a call returns is overwritten by the next.
     Source: Nguyen et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
 
@@ -66,7 +66,7 @@ class RecordedStep:
                     group["lr"] = number
 
     def take(self, net: nn.Module, images: Tensor, labels: Tensor, *others) -> tuple:
-        """Take the step as it is, or record it if that is due, and replay it."""
+        """Take the step as it is, or replay the recorded one, recording it first if that is due."""
         self.taken += 1
         if images.shape != self.images.shape or self.taken <= self.steps_before:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -100,12 +100,12 @@ class RecordedStep:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep for the next step what this one frees: Linux, given it back, clears it anew page by page.
+    """Let glibc keep what a step frees for the next one: Linux, given it back, clears it again, page by page.
 
-    In float32 on a CPU that is a fifth of the time. Another C library is left as it is.
+    In float32 on a CPU, that is a fifth of the time. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
-            libc.mallopt(-3, 2**25)  # the most that older versions take
+            libc.mallopt(-3, 2**25)  # the most that older versions accept
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink

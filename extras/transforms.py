@@ -1,4 +1,4 @@
-"""albumentations, faster and repeatable: open it to see how a pipeline takes a third of its time."""
+"""albumentations, faster and repeatable: open it to see how a pipeline gets by on a third of the time."""
 
 import math
 import random
@@ -22,7 +22,7 @@ class RepeatableCompose(A.Compose):
         self.set_random_state(np.random.Generator(self.bits), self.python_random)
 
     def set_key(self, *key: int) -> None:
-        """Make what is drawn from now on follow from the key alone."""
+        """From now on, draw random numbers that follow from the key alone."""
         self.python_random.seed(" ".join(map(str, key)))  # Python takes the SHA-512 of a text
         # For transforms that draw from numpy. A new generator would take longer than the whole augmentation.
         state = {"state": self.python_random.getrandbits(128), "inc": 1}
@@ -33,7 +33,7 @@ class ShiftScaleRotate(A.Affine):
     """A.Affine without shear: the same pictures from the same random numbers, in a quarter of the time.
 
     Its own matrix is a product of six (and another six for bounding boxes); here is the product, worked out.
-    shift_limit, scale_limit: parts of the image's side; rotate_limit: degrees. What comes in is mirrored at the edge.
+    shift_limit, scale_limit: fractions of the side; rotate_limit: degrees. Gaps are filled by mirroring at the edge.
     """
 
     def __init__(self, shift_limit: float, scale_limit: float, rotate_limit: float, p: float):
@@ -71,7 +71,7 @@ class SquareHole(A.CoarseDropout):
         )
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
-        """Draw the hole's upper left corner, each with the same chance."""
+        """Draw the hole's upper left corner, each place equally likely."""
         size = self.hole_height_range[0]
         x, y = (int((side - size + 1) * self.py_random.random()) for side in params["shape"][1::-1])
         return {"hole": (slice(y, y + size), slice(x, x + size))}

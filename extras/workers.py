@@ -1,4 +1,4 @@
-"""Worker processes that leave signals and words to the main process: open it when a DataLoader's workers misbehave."""
+"""Worker processes that leave signals and output to the main process: open it when a DataLoader's workers misbehave."""
 
 import contextlib
 import multiprocessing.queues
@@ -17,10 +17,10 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class QuietDataLoader(DataLoader):
-    """A DataLoader with workers, to be set up by start_worker, that Ctrl-C ends without a word from them."""
+    """A DataLoader whose workers, set up by start_worker, end without a word on Ctrl-C."""
 
     def check_worker_number_rationality(self):
-        """Let who asks for more workers than there are cores have them, without torch's ten lines."""
+        """Allow more workers than there are cores, without torch's ten lines of warning."""
 
     def __iter__(self):
         """Start the workers with the stop signals blocked: start_worker unblocks them once it is ready."""
@@ -43,16 +43,16 @@ def close_after(loader: DataLoader) -> Iterator[None]:
     try:
         yield
     finally:
-        if loader._iterator is not None:  # has been begun, with workers that stay from epoch to epoch
+        if loader._iterator is not None:  # it was begun, with workers that stay from epoch to epoch
             loader._iterator._shutdown_workers()
             loader._iterator = None
 
 
 def start_worker(worker: int) -> None:
-    """Set up a worker process: one thread, and signals that leave the main process the only one to speak."""
+    """Set up a worker process: one thread, and signals such that only the main process speaks."""
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
-    # The thread that hands batches over would tell stderr when the main process, stopped by a signal, lets go of one.
-    # An error in the pipeline does not come this way: the main process gets it, and says it.
+    # The thread that hands batches over would write to stderr when the main process, stopped by a signal, drops one.
+    # An error in the pipeline does not come this way: the main process gets and reports it.
     sys.excepthook = lambda *args: None
     # A batch that cannot be handed over would be lost, and the main process would wait for it for ever.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
