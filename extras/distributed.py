@@ -35,11 +35,11 @@ def process_group(device: str) -> Iterator[None]:
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if device != "cpu" and torch.cuda.is_available() and not cuda:
-        raise UsageError("several processes on CUDA need nccl, which this torch is without: give --device cpu")
+        raise UsageError("several processes on CUDA need nccl, which this torch lacks: give --device cpu")
     if device != "cpu" and cuda:
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= count:
-            raise UsageError(f"there are {count} CUDA devices for more processes: start fewer, or give --device cpu")
+            raise UsageError(f"more processes than CUDA devices, {count}: start fewer, or give --device cpu")
         torch.cuda.set_device(number)
     yield
     # Only after a clean end: after a failure, nccl would wait for processes that wait for this one. The group's end
