@@ -22,7 +22,7 @@ from extras.distributed import first_to_fail, launcher, of_first_process, proces
 from extras.evaluate import evaluate
 from extras.failures import SignalReceived, describe_failure
 from extras.predict import print_predictions
-from extras.runs import CHANGEABLE, checkpoint_that_counts, describe_progress, resumed_config
+from extras.runs import CHANGEABLE, checkpoint_to_test, describe_progress, resumed_config
 from extras.speed import keep_freed_memory
 from utils import new_run_dir
 
@@ -89,7 +89,7 @@ def make_parser() -> _Parser:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     modes.add_argument("--evaluate", metavar="PATH", help="test a checkpoint, or a run's; its report goes beside it")
-    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print what --evaluate's network sees")
+    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="print each image's likeliest classes")
     parser.add_argument("--tta", action="store_true", help="with --evaluate, average over mirrored images as well")
     parser.add_argument("--no-report", action="store_false", dest="report", help="draw no pictures, write no report.md")
     try:
@@ -211,7 +211,7 @@ def carry_out(arguments: argparse.Namespace, config: Config, main: Callable[...,
     else:
         path = arguments.evaluate
         if Path(path).is_dir():  # a run's folder
-            path = checkpoint_that_counts(path)
+            path = checkpoint_to_test(path)
         if arguments.predict:
             print_predictions(path, arguments.predict)
         else:

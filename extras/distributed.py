@@ -28,7 +28,7 @@ def launcher() -> str:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
-    """Join the other processes that torchrun started, each with a CUDA device of its own."""
+    """Join torchrun's other processes; on CUDA, each takes a device of its own."""
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     # gloo carries what is on the CPU, even in a run on CUDA: it notices at once when a peer is gone
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)

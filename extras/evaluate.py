@@ -11,7 +11,7 @@ from config import Config, UsageError, check
 from dataset import Datasets, ImageDataset, make_augmentation, make_loader
 from extras.failures import only_warn
 from extras.predict import compute_log_probs, load_network
-from extras.runs import best_row, checkpoint_that_counts, read_config
+from extras.runs import best_row, checkpoint_to_test, read_config
 from extras.sources import load_source
 from utils import DTYPES, choose_device, choose_precision, numerics
 
@@ -56,7 +56,7 @@ def evaluate(path: str, given: dict, report: bool, tta: bool) -> None:
         if tta:
             mirrored = compute_log_probs(net, loader, dtype, mirrored=True, description="Mirrored Test")
             mean = torch.logaddexp(log_probs, mirrored) - math.log(2)  # of the probabilities, as a logarithm again
-            print_accuracy("Mirrored Test", mean, test)
+            print_accuracy("Averaged Test", mean, test)
     if report:
         augmentation = make_augmentation(config, checkpoint["mean"])
         train = ImageDataset(*source.train, **common, augmentation=augmentation, seed=config.seed)
@@ -68,7 +68,7 @@ def report_results(config: Config, data: Datasets, report: bool) -> None:
 
     The pictures are of the network that was tested or, without held-out images, of the last epoch's.
     """
-    net, checkpoint = load_network(checkpoint_that_counts(config.run_dir))
+    net, checkpoint = load_network(checkpoint_to_test(config.run_dir))
     best = best_row(checkpoint["metrics"])
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
     if config.valid_split == 0 and not report:

@@ -75,7 +75,7 @@ class Run:
             print(f"Continuing after epoch {len(rows)}")
             if self.rank == 0:
                 self._follow_last(checkpoint)
-                checkpoint_that_counts(self.folder)  # warns if best.pt is needed and gone
+                checkpoint_to_test(self.folder)  # warns if best.pt is needed and gone
         elif (self.folder / BEST).exists():
             raise UsageError(f"{self.folder / LAST} is gone, and the run cannot be continued without it")
         if self.facts["processes"] > 1 and of_first_process(len(rows)) != len(rows):
@@ -112,6 +112,9 @@ class Run:
         if any(self.facts[name] != checkpoint[name] for name in ("class_names", "images")):
             where = self.config.data_dir
             raise UsageError(f"the images in {where} are not those that this run began with: give --data-dir")
+        epochs, schedule = checkpoint["config"]["epochs"], self.config.schedule
+        if self.config.epochs != epochs and schedule in ("onecycle", "cosine"):
+            raise UsageError(f"epochs cannot change: the {schedule} schedule was laid out for {epochs}")
         if self.config.epochs < done:
             raise UsageError(f"epochs cannot become {self.config.epochs}: {done} are done already")
         for name in sorted(self.facts["config"].keys() - CHANGEABLE - {"run_dir"}):
@@ -167,7 +170,7 @@ def best_row(rows: Sequence[dict]) -> dict:
     return max(rows, key=lambda row: row["valid_accuracy"])
 
 
-def checkpoint_that_counts(run_dir: str | Path) -> Path:
+def checkpoint_to_test(run_dir: str | Path) -> Path:
     """Return a run's checkpoint to test: best.pt if held-out images chose it and it can be read, else last.pt."""
     last, best = Path(run_dir, LAST), Path(run_dir, BEST)
     if load_checkpoint(last)["config"]["valid_split"] > 0:
@@ -204,11 +207,7 @@ def resumed_config(run_dir: str, given: dict) -> Config:
         settings = load_checkpoint(Path(run_dir, LAST))["config"]
     if others := sorted(settings.keys() ^ {field.name for field in fields(Config)}):
         raise UsageError(f"{run_dir} was begun by another version ({others[0]} differs): resume the run with that one")
-    saved = read_config(settings, path)
-    config = replace(saved, run_dir=run_dir, **given)
-    if config.epochs != saved.epochs and config.schedule in ("onecycle", "cosine"):
-        raise UsageError(f"epochs cannot change: the {config.schedule} schedule was laid out for {saved.epochs}")
-    return config
+    return replace(read_config(settings, path), run_dir=run_dir, **given)
 
 
 def describe_progress(run_dir: str, resumable: bool, launcher: str) -> str:

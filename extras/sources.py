@@ -85,11 +85,10 @@ def load_folder(data_dir: Path, test_only: bool = False) -> Source:
     Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is not an image.
     """
     names = _visible(data_dir / "test")
-    if not test_only:
-        others = {*names} ^ {*_visible(data_dir / "train")}
-        for name in sorted(others):
-            has, lacks = ("test", "train") if name in names else ("train", "test")
-            raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
+    if not test_only and (others := {*names} ^ {*_visible(data_dir / "train")}):
+        name = min(others)
+        has, lacks = ("test", "train") if name in names else ("train", "test")
+        raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
     test = _read_classes(data_dir / "test", names)
     return Source(test if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
 
@@ -118,7 +117,7 @@ def _read_classes(folder: Path, class_names: list[str]) -> Split:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Return the image in a file, of any format that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
+    """Return the image in a file, in most formats that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
             raise ValueError("not a file")

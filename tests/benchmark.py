@@ -128,7 +128,7 @@ def throughput(options, plain):
         yield f"{name}, images/s", ours, f"plain: {theirs}", f"{ratio:.2f}x"
     overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
     ours, bare = rate(options.images, times["training"]), rate(options.images, times["bare steps"])
-    yield "loop overhead (time), images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
+    yield "whole loop, images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
 
 
 PYTHON = sys.orig_argv[: sys.orig_argv.index("-m")]  # and its wrapper, if this was started by one

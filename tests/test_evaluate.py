@@ -10,7 +10,7 @@ import train
 from config import config
 from dataset import load_datasets, make_loader
 from extras.predict import load_network
-from extras.runs import best_row, checkpoint_that_counts
+from extras.runs import best_row, checkpoint_to_test
 from model import Net
 from tests.conftest import ROOT, equal, flags
 from utils import load_checkpoint, save_checkpoint
@@ -52,7 +52,7 @@ def test_mirrored_accuracy_is_printed_beside_the_other(cli, capsys):
         probabilities = (net(images).exp() + net(images.flip(3)).exp()) / 2
     accuracy = 100 * (probabilities.argmax(dim=1) == labels).double().mean()
     loss = -probabilities[range(len(labels)), labels].log().mean()
-    assert mirrored == f"Mirrored Test Loss: {loss:.4f}, Mirrored Test Acc: {accuracy:.4f}"
+    assert mirrored == f"Averaged Test Loss: {loss:.4f}, Averaged Test Acc: {accuracy:.4f}"
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_best_epoch_is_the_first_of_equals():
 
 
 def test_best_counts_only_if_held_out_images_chose_it(copy_of_finished):
-    assert checkpoint_that_counts(copy_of_finished).name == "last.pt"
+    assert checkpoint_to_test(copy_of_finished).name == "last.pt"
     last = load_checkpoint(copy_of_finished / "last.pt")
     last["config"]["valid_split"] = 0.1
     save_checkpoint(copy_of_finished / "last.pt", last)
-    assert checkpoint_that_counts(copy_of_finished).name == "best.pt"
+    assert checkpoint_to_test(copy_of_finished).name == "best.pt"
 
 
 def test_continued_run_says_that_its_best_checkpoint_is_gone_and_tests_the_last(cli, tiny, narrow, capsys):

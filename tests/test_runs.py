@@ -177,8 +177,12 @@ def test_run_with_other_optimizers_is_refused(cli, finished, refusal, monkeypatc
     assert "the optimizers are not those that this run began with" in refusal()
 
 
-def test_schedule_that_was_laid_out_keeps_its_epochs(cli, finished, refusal):
-    assert cli("--resume", finished, "--epochs", 3) == 2
+@pytest.mark.parametrize("edited", [False, True])
+def test_schedule_that_was_laid_out_keeps_its_epochs(cli, copy_of_finished, refusal, edited):
+    if edited:
+        settings = json.loads((copy_of_finished / "config.json").read_text())
+        (copy_of_finished / "config.json").write_text(json.dumps({**settings, "epochs": 3}))
+    assert cli("--resume", copy_of_finished, *([] if edited else ["--epochs", 3])) == 2
     assert "epochs cannot change: the onecycle schedule was laid out for 2" in refusal()
 
 
