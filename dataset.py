@@ -1,6 +1,7 @@
 """CIFAR-10, or other images: ``train, valid, test = load_datasets(config); image, label = train[0]``."""
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,16 +15,20 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from config import Config, UsageError
-from extras.sources import load_source
-from extras.transforms import RepeatableCompose, ShiftScaleRotate, SquareHole
-from extras.workers import QuietDataLoader, start_worker
+from parts.images import load_source
+from parts.transforms import RepeatableCompose, ShiftScaleRotate, SquareHole
 
 
 class ImageDataset(Dataset):
-    """Images in memory: `dataset[i]` is (image, label), a normalized float32 tensor (3, 32, 32) and an int.
+    """Images in memory, normalized as they are read.
 
-    images (N, 32, 32, 3) uint8, labels (N,) int64. mean, std: of each channel, for pixels of 0..1.
-    augmentation: determined, for each image, by `seed`, the epoch given to `set_epoch`, and the image's index.
+    `dataset[i]` is (image, label), a float32 tensor (3, 32, 32) and an int; `dataset[[i, j, ...]]` is a whole batch,
+    images (N, 3, 32, 32) in channels_last and labels (N,), normalized together in a fifth of the time;
+    `dataset[epoch, [i, j, ...]]` is the batch as that epoch augments it.
+
+    images (N, 32, 32, 3) uint8, RGB; labels (N,) int64. mean, std: of each channel, for pixels of 0..1.
+    augmentation: follows, for each image, from `seed`, the epoch and the image's index, and from nothing else: an
+    image that a sampler draws twice in an epoch is augmented alike both times.
     """
 
     def __init__(
@@ -40,34 +45,35 @@ class ImageDataset(Dataset):
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
         self.class_names, self.mean, self.std = list(class_names), tuple(mean), tuple(std)
         self.normalization = A.Compose([A.Normalize(mean, std), A.ToTensorV2()], strict=True)
-        self.augmentation, self.seed = augmentation, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # shared: running workers see it change
+        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch whose augmentation the images get; call it before the epoch's first batch."""
-        self.epoch.fill_(epoch)
+        """Set the epoch that the next pass over the images takes its order and its augmentation from."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([range(len(self))[index]])[0]  # range resolves -1; its IndexError ends a loop
+    def __getitem__(self, index: int | Sequence[int] | tuple[int, Sequence[int]]) -> tuple[torch.Tensor, object]:
+        if isinstance(index, tuple):
+            return self.batch(*index)
+        if isinstance(index, list | np.ndarray):
+            return self.batch(self.epoch, index)
+        images, labels = self.batch(self.epoch, [range(len(self))[index]])  # its IndexError ends a loop
+        return images[0], labels.item()
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Return a batch's items. DataLoader calls this: normalizing them together takes a fifth of the time."""
-        indices = [int(index) for index in indices]  # they may be tensors
-        images = self.normalization(images=self.augment(indices))["images"]
-        return list(zip(images, self.labels[indices].tolist(), strict=True))
+    def batch(self, epoch: int, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images (N, 3, 32, 32) in channels_last and labels (N,), as augmented in that epoch."""
+        return self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
 
-    def augment(self, indices: Sequence[int]) -> np.ndarray:
-        """Return images (N, 32, 32, 3) uint8 as they are augmented in this epoch."""
+    def augment(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
+        """Return images (N, 32, 32, 3) uint8 as they are augmented in that epoch."""
         images = self.images.numpy()[indices]  # a copy
-        epoch = self.epoch.item()
         if self.augmentation is not None:
             for place, index in enumerate(indices):
-                self.augmentation.set_key(self.seed, epoch, index)
+                self.augmentation.set_key(self.seed, epoch, int(index))
                 image = self.augmentation(image=images[place])["image"]
-                if image.dtype != np.uint8 or image.shape != (32, 32, 3):
+                if image.dtype != np.uint8 or image.shape != images[place].shape:
                     raise UsageError(f"augmentation must keep (32, 32, 3) uint8, not make {image.shape} {image.dtype}")
                 images[place] = image
         return images
@@ -101,12 +107,13 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return which images are held out, (N,) bool: `fraction` of each class, drawn at random.
+def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which images are held out, (N,) bool: `fraction` of each class, drawn at random, but always the same ones.
 
-    Raises UsageError if a class would have no image on one of the two sides.
+    Runs of several seeds are judged on the same images so. Raises UsageError if a class would have no image on one
+    of the two sides.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     held_out = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -132,7 +139,7 @@ def load_datasets(config: Config) -> Datasets:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     train, valid = source.train, source.test
     if config.valid_split > 0:
-        held_out = hold_out(train.labels, config.valid_split, config.seed)
+        held_out = hold_out(train.labels, config.valid_split)
         train, valid = train.select(~held_out), train.select(held_out)
     mean, std = channel_statistics(train.images)
     common = {"class_names": source.class_names, "mean": mean, "std": std}
@@ -144,29 +151,39 @@ def load_datasets(config: Config) -> Datasets:
 
 
 class EpochBatchSampler(Sampler):
-    """Batches of indices into a dataset: in order, or in a random order that its seed and epoch determine.
+    """Batches for `dataset[epoch, indices]`: in order, or in a random order that the dataset's seed and epoch determine.
 
-    Of `world_size` processes, number `rank` gets its part of each batch. If shuffled, for training, a last batch with
-    fewer images than processes is left out: every process must take part in a step.
+    Each pass takes the dataset's epoch and leaves it one higher, so that the next pass differs even if nobody calls
+    set_epoch. Of `world_size` processes, number `rank` gets its part of each batch. If shuffled, for training, parts
+    are of equal size, and the images of a last batch that do not divide are left out.
     """
 
     def __init__(self, dataset: ImageDataset, batch_size: int, shuffle: bool, rank: int = 0, world_size: int = 1):
         self.dataset, self.batch_size, self.shuffle = dataset, batch_size, shuffle
         self.rank, self.world_size = rank, world_size
+        self.count = len(dataset)
+        if shuffle:
+            self.count -= self.count % batch_size % world_size
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        smallest = self.world_size if self.shuffle else 1
-        return whole + 1 if rest >= smallest else whole  # the same in all processes
+        return -(-self.count // self.batch_size)  # rounded up; the same in all processes
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(len(self.dataset))
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        epoch, order = self.dataset.epoch, np.arange(len(self.dataset))
+        self.dataset.set_epoch(epoch + 1)
         if self.shuffle:
-            order = np.random.default_rng((self.dataset.seed, self.dataset.epoch.item())).permutation(order)
-        for step in range(len(self)):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            order = np.random.default_rng((self.dataset.seed, epoch)).permutation(order)
+        for start in range(0, self.count, self.batch_size):
+            batch = order[start : min(start + self.batch_size, self.count)]
             if len(batch) > self.rank:  # else this process has no image of a small last batch
-                yield batch[self.rank :: self.world_size].tolist()
+                yield epoch, batch[self.rank :: self.world_size].tolist()
+
+
+def start_worker(worker: int) -> None:
+    """Set up a process that augments: the main process alone answers Ctrl-C, and ends its workers without a word."""
+    cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))  # any other end, torch takes for a crash
 
 
 def make_loader(
@@ -177,14 +194,21 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """Return a loader of batches: images (N, 3, 32, 32) float32, labels (N,) int64; 0 workers: made in this process."""
-    loader_class = QuietDataLoader if num_workers else DataLoader
-    return loader_class(
+    """Return a loader of batches: images (N, 3, 32, 32) float32, labels (N,) int64; 0 workers: made in this process.
+
+    The dataset makes whole batches, so the loader gets them in place of indices ("disabled automatic batching" in
+    torch's documentation). A batch that does not come within five minutes is an error.
+    """
+    if not isinstance(dataset, ImageDataset):
+        raise TypeError(f"make_loader takes an ImageDataset; for a {type(dataset).__name__} use torch's DataLoader")
+    return DataLoader(
         dataset,
-        batch_sampler=EpochBatchSampler(dataset, batch_size, shuffle, rank, world_size),
+        sampler=EpochBatchSampler(dataset, batch_size, shuffle, rank, world_size),
+        batch_size=None,
         num_workers=num_workers,
         worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
+        timeout=300 if num_workers else 0,
         pin_memory=torch.cuda.is_initialized(),  # true once choose_device, or a network, has used CUDA
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers
     )

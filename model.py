@@ -3,9 +3,7 @@
 ``python model.py`` prints the receptive field and the layers.
 """
 
-import builtins
 import copy
-import signal
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -18,7 +16,7 @@ class BlockSpec(NamedTuple):
     """One row of the table: a block of 3x3 convolutions, and what its last one does.
 
     in_channels, out_channels: channels of the block's input and of each of its layers' outputs.
-    layers: 1 to 3.
+    layers: 1 or more.
     separable: the first layer is a depthwise 3x3 followed by a pointwise 1x1 convolution.
     last: "plain" keeps the image size, "dilated" spreads its nine taps over 5x5 pixels, "strided" halves
         the image, "unpadded" trims a pixel from each side and is left linear: the head's pooling follows.
@@ -61,7 +59,7 @@ def conv_options(index: int, layers: int, last: str) -> dict[str, int]:
 
 
 class Block(nn.Sequential):
-    """One to three convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
+    """Convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one BatchNorm, after the
     pair of convolutions. An unpadded last convolution has nothing after it. ReLU is applied in `forward`, for
@@ -78,7 +76,7 @@ class Block(nn.Sequential):
         last: str = "plain",
         dropout: float = 0.0,
     ):
-        modules = []
+        modules, activated = [], []
         for index in range(layers):
             options = conv_options(index, layers, last)
             channels = in_channels if index == 0 else out_channels
@@ -88,13 +86,15 @@ class Block(nn.Sequential):
             else:
                 modules.append(nn.Conv2d(channels, out_channels, **options))
             if index < layers - 1 or last != "unpadded":  # an unpadded convolution has nothing after it
+                activated.append(len(modules))
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
+        self.activated = activated  # positions of the normalizations: ReLU follows whatever stands there later
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self:
+        for position, layer in enumerate(self):
             x = layer(x)
-            if not isinstance(layer, (nn.Conv2d, nn.Dropout2d)):  # after whatever normalization stands here
+            if position in self.activated:
                 x = F.relu(x)
         return x
 
@@ -102,10 +102,12 @@ class Block(nn.Sequential):
 class Net(nn.Module):
     """The blocks of the table, average pooling over what is left of the image, a linear classifier.
 
-    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) float32 log-probabilities, for F.nll_loss.
+    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) float32 log-probabilities, for
+    F.nll_loss, or for F.cross_entropy, which is equal to it on log-probabilities.
 
     blocks: the table; base_channels: the first block's in the default table; the others' are its multiples.
     dropout: probability that Dropout2d zeroes a channel.
+    arguments: what makes this network again, `Net(**net.arguments)`, in plain values: a checkpoint carries them.
     Raises ValueError, naming the block and the reason, for a table that cannot work.
     """
 
@@ -119,43 +121,25 @@ class Net(nn.Module):
         image_size: int = 32,
     ):
         super().__init__()
-        if blocks is not None and not isinstance(blocks, Sequence):
-            raise TypeError(f"blocks is a table: write Net(num_classes={blocks}) for {blocks} classes")
         blocks = default_blocks(base_channels) if blocks is None else tuple(BlockSpec(*spec) for spec in blocks)
         sizes = output_sizes(blocks, image_size)  # which checks the table
-        self.image_size = image_size
+        self.arguments = {"blocks": [tuple(spec) for spec in blocks], "num_classes": num_classes}
+        self.arguments |= {"dropout": dropout, "image_size": image_size}
         self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
-        self.pool = nn.AvgPool2d(sizes[-1])
+        self.pool = nn.AvgPool2d(sizes[-1], stride=1)  # of a larger image more than one value is left
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
-        self.register_forward_pre_hook(check_images, with_kwargs=True)  # in `forward` it would break torch.fx's tracing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = block(x)
-        logits = self.classifier(self.pool(x)).flatten(1)  # (N, num_classes, 1, 1) -> (N, num_classes)
+        logits = self.classifier(self.pool(x)).squeeze((2, 3))  # only (N, num_classes, 1, 1): else the loss refuses
         return F.log_softmax(logits, dim=1, dtype=torch.float32)
-
-
-def check_images(net: Net, args: tuple, kwargs: dict) -> None:
-    """Raise ValueError unless the network's input is images (N, 3, image_size, image_size)."""
-    (images,) = (*args, *kwargs.values())  # given by position or by name
-    shape, side = tuple(images.shape), net.image_size
-    if len(shape) != 4 or shape[1:] != (3, side, side):
-        raise ValueError(f"this Net takes images (N, 3, {side}, {side}), see image_size; not {shape}")
 
 
 def output_sizes(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]:
     """Return the image size after each block; raise ValueError if the table cannot work."""
-    if not blocks:
-        raise ValueError("the table has no blocks")
     sizes, channels = [], 3  # RGB
     for number, spec in enumerate(blocks, start=1):
-        if not 1 <= spec.layers <= 3:
-            raise ValueError(f"block {number}: layers must be 1, 2 or 3, not {spec.layers}")
-        if spec.last not in LAST_CONV:
-            raise ValueError(f"block {number}: last must be one of {', '.join(LAST_CONV)}, not {spec.last!r}")
-        if spec.out_channels < 1:
-            raise ValueError(f"block {number}: out_channels must be 1 or more, not {spec.out_channels}")
         if spec.in_channels != channels:
             source = "the image" if number == 1 else f"block {number - 1}"
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
@@ -200,21 +184,18 @@ def receptive_field_table(blocks: Sequence[BlockSpec], image_size: int = 32) -> 
     return "\n".join(lines)
 
 
-def print_summary(net: Net) -> None:
+def print_summary(net: nn.Module, image_size: int = 32) -> None:
     """Print torchsummary's table of layers, shapes and parameters; the network and all random states are unchanged."""
     import torchsummary
 
     # torchsummary runs the model in training mode on random numbers, and knows only "cpu" and "cuda".
     with torch.random.fork_rng(devices=[]):
-        side = getattr(net, "image_size", 32)
         try:
-            torchsummary.summary(copy.deepcopy(net).cpu(), (3, side, side), device="cpu")
+            torchsummary.summary(copy.deepcopy(net).cpu(), (3, image_size, image_size), device="cpu")
         except Exception as error:  # of a network of your own
             print(f"(no summary by torchsummary: {error})")
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE") and not hasattr(builtins, "__IPYTHON__"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python model.py | head` ends without a traceback
     print(receptive_field_table(default_blocks()), end="\n\n")
     print_summary(Net())

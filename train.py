@@ -1,49 +1,37 @@
 """Train the network: ``python train.py``; ``python train.py --help`` lists the settings."""
 
-import builtins
-import signal
-
-if __name__ == "__main__" and not hasattr(builtins, "__IPYTHON__"):  # %run leaves the notebook's own handlers
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports below ends without a traceback
-
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 
 import torch
-from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from config import Config, check
 from dataset import load_datasets, make_loader
-from extras import command_line
-from extras.distributed import first_rank_first, share_training, sum_gradients
-from extras.evaluate import report_results
-from extras.muon import Muon
-from extras.runs import open_run
-from extras.speed import faster_step
-from extras.workers import close_after
 from model import Net, print_summary
-from utils import DTYPES, Meter, device_name, forward, numerics, resolve, seed_torch, with_progress
+from parts.distributed import rank_and_size, share_statistics, share_training
+from parts.muon import Muon
+from parts.run import Run, best_row
+from parts.speed import faster_step
+from utils import DTYPES, Meter, device_name, forward, resolve, seed_torch, set_numerics, with_progress
 
 
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
     Muon updates the weights of the convolutions that mix channels, except the last, the classifier; SGD the rest, at
-    ten times the learning rate, or alone, at the rate itself. With either, a step shrinks convolution weights by the
-    fraction learning_rate * weight_decay; biases and BatchNorm have no decay.
+    ten times the learning rate, or everything, at the rate itself. Biases and BatchNorm have no decay.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1 and conv.weight.requires_grad]
     muon_params = mixing if config.optimizer == "muon" else []
     sgd_params = [p for p in net.parameters() if p not in set(muon_params)]  # `in` a list would compare values
     ratio = 10 if muon_params else 1  # of SGD's learning rate to Muon's; 3 was tried: results/README.md
-    # SGD adds weight_decay * weight to the gradient, and momentum adds that up to 1 / (1 - momentum) times as much.
-    weight_decay = config.weight_decay * (1 - config.momentum) / ratio
     decay, no_decay = [p for p in sgd_params if p.ndim > 1], [p for p in sgd_params if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay}]
+    groups = [{"params": decay, "weight_decay": config.sgd_weight_decay}, {"params": no_decay}]
     lr = config.learning_rate
     sgd = torch.optim.SGD(groups, ratio * lr, config.momentum, nesterov=config.nesterov, fused=True)  # fused: faster
     return [Muon(muon_params, lr, weight_decay=config.weight_decay), sgd] if muon_params else [sgd]
@@ -87,76 +75,75 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step on a batch, the network's layers computed in dtype.
+    """Take one step on a batch; return (mean loss, without smoothing, and outputs (N, num_classes)) from before it.
 
+    net returns log-probabilities or logits: cross_entropy is right for both, for it normalizes, which leaves
+    log-probabilities as they are. Its layers are computed in dtype; scaler is for float16.
     label_smoothing: fraction of each label that is spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
-    scaler: for float16. Returns (mean loss, without smoothing, and log_probs (N, num_classes)).
     """
     scaler = scaler or torch.amp.GradScaler(images.device.type, enabled=False)
-    log_probs = forward(net, images, dtype)
-    loss = F.nll_loss(log_probs, labels)
-    smoothed = torch.lerp(loss, -log_probs.mean(), label_smoothing)  # as F.cross_entropy does with logits
+    outputs = forward(net, images, dtype)
+    loss = F.cross_entropy(outputs, labels, label_smoothing=label_smoothing)
     net.zero_grad()
-    scaler.scale(smoothed).backward()
-    if dist.is_initialized():
-        sum_gradients(net)
+    scaler.scale(loss).backward()
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
-    return loss, log_probs
+    outputs = outputs.detach()
+    return F.cross_entropy(outputs, labels), outputs
 
 
 def train_one_epoch(
     net: nn.Module,
-    loader: DataLoader,
+    loader: Iterable,
     optimizers: Sequence[torch.optim.Optimizer],
     factors: Sequence[float] | None = None,
-    dtype: torch.dtype = torch.float32,
-    scaler: torch.amp.GradScaler | None = None,
-    label_smoothing: float = 0.0,
+    step: Callable = train_step,
     description: str = "Training",
-    take_step: Callable = train_step,
 ) -> dict[str, float]:
-    """Take a step for each batch; return {"loss", "accuracy" in percent}, averages over the images.
+    """Take a step for each batch; return {"loss", "accuracy" in percent, "seconds", "images_per_second"}.
 
-    net: any network that returns log-probabilities; logits would give a wrong loss, without an error.
     factors: each step's fraction of the optimizers' initial learning rates; if not given, the rates stay as they are.
-    take_step: train_step, or what takes the same step in less time.
-    Loss and accuracy are of augmented images, each before its step. Raises RunStopped for a loss that is not finite.
+    step: train_step, or what takes the same step in less time or with other options.
+    Loss and accuracy are averages over the images, augmented, each before its step. Raises FloatingPointError for a
+    loss that is not finite.
     """
     net.train()
     meter = Meter(description, len(loader), next(net.parameters()).device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for step, (images, labels) in enumerate(with_progress(loader, meter)):  # on the device
+    for number, (images, labels) in enumerate(with_progress(loader, meter)):  # on the device
         if factors is not None:
             for group in groups:
-                group["lr"] = factors[step] * group.setdefault("initial_lr", group["lr"])  # as torch's schedulers do
-        loss, log_probs = take_step(net, images, labels, optimizers, dtype, scaler, label_smoothing)
-        meter.update(loss, log_probs, labels)
+                group["lr"] = factors[number] * group.setdefault("initial_lr", group["lr"])  # as torch's schedulers do
+        loss, outputs = step(net, images, labels, optimizers)
+        meter.update(loss, outputs, labels)
     return meter.average()
 
 
 @torch.inference_mode()
 def validate(
-    net: nn.Module, loader: DataLoader, dtype: torch.dtype = torch.float32, description: str = "Validation"
+    net: nn.Module, loader: Iterable, dtype: torch.dtype = torch.float32, description: str = "Validation"
 ) -> dict[str, float]:
-    """Return {"loss", "accuracy" in percent} of a network that returns log-probabilities, averages over the images.
+    """Return the same four numbers as train_one_epoch, of the network in evaluation mode.
 
-    Raises RunStopped for a loss that is not finite.
+    Raises FloatingPointError for a loss that is not finite.
     """
     net.eval()
     meter = Meter(description, len(loader), next(net.parameters()).device)
     for images, labels in with_progress(loader, meter):  # on the device
-        log_probs = forward(net, images, dtype)
-        meter.update(F.nll_loss(log_probs, labels), log_probs, labels)
+        outputs = forward(net, images, dtype)
+        meter.update(F.cross_entropy(outputs, labels), outputs, labels)
     return meter.average()
 
 
 def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dict) -> dict:
-    """Print an epoch's results as the specification does; return them as a row of metrics.csv."""
+    """Print an epoch's results as the specification does, and how long it took; return them as a row of metrics.csv."""
+    seconds = train["seconds"] + valid["seconds"]
+    left = timedelta(seconds=round(seconds * (config.epochs - epoch)))
     print(f"\nEpoch {epoch}/{config.epochs} Summary:")
     print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
-    print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}", flush=True)
+    print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}")
+    print(f"Time: {seconds:.1f} s, {train['images_per_second']:,.0f} images/s in training, {left} left", flush=True)
     return {
         "epoch": epoch,
         "learning_rate": factor * config.learning_rate,
@@ -164,52 +151,63 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
         "train_accuracy": train["accuracy"],
         "valid_loss": valid["loss"],
         "valid_accuracy": valid["accuracy"],
+        "seconds": seconds,
+        "images_per_second": train["images_per_second"],
     }
 
 
-def main(config: Config, resume: bool = False, report: bool = True) -> None:
-    """Train as the config says; leave the results in config.run_dir, or continue the run that is there.
-
-    report: whether pictures are drawn: the curves as the run goes on, the others at its end.
-    """
+def main(config: Config, resume: bool = False) -> None:
+    """Train as the config says; leave the results in config.run_dir, or continue the run that is there."""
     check(config)
-    config = resolve(config)
-    device, dtype = torch.device(config.device), DTYPES[config.precision]
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    asked, config = config, resolve(config)  # device, precision, workers are facts from here on
+    device, dtype, (rank, world_size) = torch.device(config.device), DTYPES[config.precision], rank_and_size()
     print(f"Device: {device_name(device)}, precision {config.precision}, {config.num_workers} workers.")
     print(f"Run: {config.run_dir}", flush=True)
+    set_numerics(config.deterministic)
     seed_torch(config.seed)
 
-    process = {"rank": rank, "world_size": world_size}
-    data = load_datasets(config) if world_size == 1 else first_rank_first(load_datasets, config)  # rank 0 downloads
-    loader = make_loader(data.train, config.batch_size, shuffle=True, num_workers=config.num_workers, **process)
-    valid_loader = make_loader(data.valid, config.batch_size, **process)  # not augmented: workers would gain nothing
+    data = load_datasets(config)
+    batches = functools.partial(make_loader, batch_size=config.batch_size, rank=rank, world_size=world_size)
+    loader = batches(data.train, shuffle=True, num_workers=config.num_workers)
+    valid_loader = batches(data.valid)  # not augmented: workers would gain nothing
 
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
     net.to(device, memory_format=torch.channels_last)
     print_summary(net)
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
-    if world_size > 1:
-        share_training(net, min(config.batch_size, len(data.train)))
-    take_step = faster_step(train_step, net, config, world_size) if config.compile else train_step
+    step = functools.partial(train_step, dtype=dtype, scaler=scaler, label_smoothing=config.label_smoothing)
+    if config.compile:
+        step = faster_step(step, net, config, world_size)
 
-    with numerics(config.deterministic), close_after(loader), open_run(config, data, resume, report, **process) as run:
-        history = run.restore(net, optimizers, scaler)  # the metrics of each finished epoch; empty in a new run
-        for epoch in range(len(history) + 1, config.epochs + 1):
-            seed_torch(config.seed, epoch, rank)
-            data.train.set_epoch(epoch)
-            factors = epoch_factors(config, epoch, len(loader), [row["valid_accuracy"] for row in history])
-            name = f"Epoch {epoch}/{config.epochs}"
-            train = train_one_epoch(
-                net, loader, optimizers, factors, dtype, scaler, config.label_smoothing, f"{name} - Training", take_step
-            )
-            valid = validate(net, valid_loader, dtype, f"{name} - Validation")
-            history.append(summarize(config, epoch, factors[-1], train, valid))
-            run.save(history, net, optimizers, scaler)
-        if rank == 0:
-            report_results(config, data, report)
+    run = Run(asked, config, data, net)
+    history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run
+    shared = share_training(net, config.batch_size)  # net itself, but for several processes
+    for epoch in range(len(history) + 1, config.epochs + 1):
+        seed_torch(config.seed, epoch, rank)
+        data.train.set_epoch(epoch)
+        factors = epoch_factors(config, epoch, len(loader), [row["valid_accuracy"] for row in history])
+        name = f"Epoch {epoch}/{config.epochs}"
+        train = train_one_epoch(shared, loader, optimizers, factors, step, f"{name} - Training")
+        share_statistics(net)
+        valid = validate(net, valid_loader, dtype, f"{name} - Validation")
+        history.append(summarize(config, epoch, factors[-1], train, valid))
+        run.save(history, net, optimizers, scaler)
+    best = best_row(history)
+    print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
+    if config.valid_split > 0:  # chosen on held-out images: now the test images, once
+        net.load_state_dict(run.best_weights())
+        test = validate(net, batches(data.test), dtype, "Test")
+        print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
 
 
 if __name__ == "__main__":
-    command_line.run(main)  # calls main with the settings given, or does what --evaluate or --predict ask
+    from parts.command_line import run
+
+    def draw_report(run_dir: str) -> None:
+        """Import the drawing only once the run has ended: it is slow, and no part of it."""
+        from tools.report import report
+
+        report(run_dir)
+
+    run(main, draw_report)

@@ -1,15 +1,13 @@
 """What the training loop needs and nobody wants to read first: device, precision, seeds, meter, checkpoints."""
 
 import builtins
-import contextlib
-import hashlib
-import io
 import multiprocessing
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,15 +16,11 @@ import numpy as np
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import Config, UsageError
-from extras.distributed import sum_over_processes
-from extras.failures import RunStopped
-from extras.files import write_atomically
 
-FORMAT = "s8erav3-2"  # of the checkpoints
+FORMAT = "s8erav3-3"  # of the checkpoints
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +53,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in torch 2.11
         native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     return "bfloat16" if native else "float32"
 
@@ -86,14 +80,15 @@ def new_run_dir() -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Return the config with what it left open filled in: device, precision, workers, the run's folder."""
+    """Return the config with what it left open filled in: device, precision, workers, the run's folder, ~ in paths."""
     device = choose_device(config.device)
     return replace(
         config,
         device=str(device),
         precision=choose_precision(config.precision, device),
         num_workers=choose_workers(config.num_workers, device),
-        run_dir=config.run_dir or new_run_dir(),
+        run_dir=os.path.expanduser(config.run_dir or new_run_dir()),
+        data_dir=os.path.expanduser(config.data_dir),
     )
 
 
@@ -104,24 +99,16 @@ def device_name(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-@contextlib.contextmanager
-def numerics(deterministic: bool) -> Iterator[None]:
-    """In a `with`, compute float32 as float32 on CUDA, not as TF32 (10 bits), torch's default for convolutions.
+def set_numerics(deterministic: bool) -> None:
+    """Compute float32 as float32 on CUDA, not as TF32 (10 bits), torch's default for convolutions.
 
     deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
-    cudnn, conv, matmul = torch.backends.cudnn, torch.backends.cudnn.conv, torch.backends.cuda.matmul
-    before = conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, torch.get_deterministic_debug_mode()
-    conv.fp32_precision = matmul.fp32_precision = "ieee"
-    cudnn.benchmark = not deterministic  # try cuDNN's algorithms, and keep the fastest
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.benchmark = not deterministic  # try cuDNN's algorithms, and keep the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(deterministic)
-    try:
-        yield
-    finally:
-        conv.fp32_precision, matmul.fp32_precision, cudnn.benchmark, mode = before
-        torch.set_deterministic_debug_mode(mode)
 
 
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
@@ -130,7 +117,7 @@ def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
 
 
 def forward(net: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the network's log-probabilities of the images as float32, its layers computed in dtype."""
+    """Return the network's outputs for the images as float32, its layers computed in dtype."""
     with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return net(images).float()
 
@@ -142,35 +129,36 @@ class Meter:
         self.description, self.device = description, device
         self.losses = torch.zeros(steps, device=device)  # sum of each batch
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = torch.zeros((), dtype=torch.int64)  # of images; a tensor, to be summed over processes
-        self.step = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # of images
+        self.step, self.begun = 0, time.monotonic()
 
-    def update(self, loss: torch.Tensor, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: the mean of its losses, log_probs (N, num_classes), labels (N,)."""
+    def update(self, loss: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch: the mean of its losses, outputs (N, num_classes), labels (N,)."""
         self.losses[self.step] = loss.detach() * len(labels)
-        self.correct += (log_probs.argmax(dim=1) == labels).sum()
+        self.correct += (outputs.argmax(dim=1) == labels).sum()
         self.count += len(labels)
         self.step += 1
 
     def local_average(self) -> dict[str, float]:
-        """Return {"loss", "accuracy" in percent}; raise RunStopped if the loss of any batch is not finite."""
+        """Return {"loss", "accuracy" in percent}; raise FloatingPointError if the loss of any batch is not finite."""
         losses = self.losses.cpu().double()
         if not losses.isfinite().all():
             first = int((~losses.isfinite()).nonzero()[0])
             where = f"{self.description}: the loss is {losses[first]} at step {first + 1}"
-            raise RunStopped(f"{where}; a new run needs a lower --learning-rate", resumable=False)
+            raise FloatingPointError(f"{where}; a new run needs a lower --learning-rate")
         count = max(self.count.item(), 1)  # this process may have had no image
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def average(self) -> dict[str, float]:
-        """Sum over all processes (call it once), then return the same, or raise RunStopped, in all of them."""
+        """Sum over all processes (call it once); return the same in all of them, with "seconds", "images_per_second"."""
         if dist.is_initialized():
             for part in (self.losses, self.correct, self.count):
-                sum_over_processes(part)
-        return self.local_average()
+                dist.all_reduce(part)
+        average, seconds = self.local_average(), time.monotonic() - self.begun
+        return {**average, "seconds": seconds, "images_per_second": self.count.item() / seconds}
 
 
-def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
     Without a terminal or a notebook there is no bar, but a loss that is not finite is found as early. The average is
@@ -191,35 +179,39 @@ def with_progress(loader: DataLoader, meter: Meter) -> Iterator[tuple[torch.Tens
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
-    """Write a dict of tensors and plain values with torch.save, its SHA-256 (32 bytes) appended.
+    """Replace the file by a dict of tensors and plain values, by torch.save: at every moment the old one or the new.
 
-    torch.load, which verifies no checksum, reads these files too: it finds the zip archive in spite of the 32 bytes
-    behind it.
+    Raises OSError if it cannot be written; the old file is still there then.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, buffer)
-    data = buffer.getvalue()
-    write_atomically(Path(path), data + hashlib.sha256(data).digest())
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # not that of another process that continues the same run
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """Read what save_checkpoint wrote, on the CPU; nothing in the file can run (weights_only).
 
-    Raises UsageError for a file that is missing, damaged or of another format.
+    Raises UsageError for a file that is missing, damaged (by the zip archive's checksums) or of another format.
     """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UsageError(f"checkpoint {path} is not there, or not a file")
     try:
-        content = b"" if Path(path).is_fifo() else Path(path).read_bytes()  # opening a pipe would wait forever
+        with warnings.catch_warnings(), zipfile.ZipFile(path) as archive:
+            warnings.simplefilter("ignore")  # the unpickler's, on files of other programs
+            damaged = archive.testzip()
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error.strerror})") from None
-    data, digest = content[:-32], content[-32:]
-    if hashlib.sha256(data).digest() != digest:
-        raise UsageError(f"checkpoint {path} is damaged, or not one of this program: its SHA-256 does not match")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the unpickler's, on files of other programs
-            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception:  # whatever the unpickler meets in a file that this program did not write
-        raise UsageError(f"checkpoint {path} holds more than tensors and plain values: it is not loaded") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise UsageError(f"checkpoint {path} is not of format {FORMAT}: another version of this program wrote it")
+    except Exception:  # whatever zipfile and the unpickler meet in a file that this program did not write
+        raise UsageError(f"checkpoint {path} is damaged, or holds more than tensors and plain values") from None
+    if damaged or not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        reason = f"is damaged ({damaged})" if damaged else f"is not of format {FORMAT}: another version wrote it"
+        raise UsageError(f"checkpoint {path} {reason}")
     return checkpoint

@@ -17,13 +17,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for
 import numpy as np
 import pytest
 import torch
+from extras import command_line, predict
+from extras.failures import warn
+from extras.sources import SHAPES, draw_shapes
 from PIL import Image
 
 import train
 from config import Config, config
-from extras import command_line, predict
-from extras.failures import warn
-from extras.sources import SHAPES, draw_shapes
 from model import Net
 from utils import load_checkpoint
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from extras.distributed import first_rank_first, share_training
 from torch import distributed as dist
 
 from config import config
-from extras.distributed import first_rank_first, share_training
 from model import Net
 from train import make_optimizers, train_step
 

@@ -2,10 +2,10 @@ import copy
 
 import pytest
 import torch
-
-from config import UsageError
 from extras.architecture import describe_network, load_weights
 from extras.distributed import SharedBatchNorm2d
+
+from config import UsageError
 from model import Net, default_blocks
 from tests.conftest import equal
 

@@ -13,12 +13,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from extras import command_line
+from extras.command_line import parse_args
 from torch import distributed as dist
 
 import train
 from config import Config, UsageError, config
-from extras import command_line
-from extras.command_line import parse_args
 from model import Net
 from tests.conftest import flags, start
 from utils import load_checkpoint

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from extras.speed import RecordedStep
 
 from config import config
-from extras.speed import RecordedStep
 from model import Net
 from tests.conftest import equal, flags, outcome, start
 from train import make_optimizers, train_one_epoch, train_step

@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from extras.sources import SHAPES, draw_shapes
+from extras.transforms import RepeatableCompose
 from torch.utils.data import DataLoader, Subset, random_split
 
 from config import UsageError, config
 from dataset import ImageDataset, make_augmentation, make_loader
-from extras.sources import SHAPES, draw_shapes
-from extras.transforms import RepeatableCompose
 from tests.conftest import ROOT
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -14,6 +14,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from extras import command_line
+from extras.distributed import SharedBatchNorm2d, process_group, share_training
+from extras.predict import load_network
+from extras.runs import open_run
 from filelock import FileLock, Timeout
 from torch import distributed as dist
 from torch import nn
@@ -21,10 +25,6 @@ from torch import nn
 import train
 from config import Config, UsageError
 from dataset import load_datasets, make_loader
-from extras import command_line
-from extras.distributed import SharedBatchNorm2d, process_group, share_training
-from extras.predict import load_network
-from extras.runs import open_run
 from tests.conftest import ROOT, equal, flags, outcome, start
 from tests.shared_steps import two_steps
 from train import validate

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras.predict import load_network
+from extras.runs import best_row, checkpoint_to_test
 
 import train
 from config import config
 from dataset import load_datasets, make_loader
-from extras.predict import load_network
-from extras.runs import best_row, checkpoint_to_test
 from model import Net
 from tests.conftest import ROOT, equal, flags
 from utils import load_checkpoint, save_checkpoint

@@ -3,9 +3,10 @@ import subprocess
 import sys
 from unittest.mock import Mock
 
+from extras import command_line
+
 import train
 from config import UsageError
-from extras import command_line
 from tests.conftest import ROOT
 
 

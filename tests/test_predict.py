@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from extras.predict import load_network, predict
 from PIL import Image
 
 from config import UsageError
 from dataset import ImageDataset
-from extras.predict import load_network, predict
 from model import Net
 from tests.conftest import ROOT, equal
 from utils import load_checkpoint, save_checkpoint

@@ -5,9 +5,8 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from extras.sources import read_image
+from PIL import Image
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import re
 import shlex
 
 from extras.command_line import parse_args
+
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import report
+from extras.sources import draw_shapes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -13,8 +15,6 @@ from torch import nn
 
 from config import config
 from dataset import ImageDataset, make_augmentation
-from extras import report
-from extras.sources import draw_shapes
 from model import Net
 from tests.conftest import flags
 from utils import load_checkpoint, save_checkpoint

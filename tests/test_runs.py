@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import runs
 from filelock import FileLock
 from PIL import Image
 
 import train
-from extras import runs
 from model import BlockSpec, Net
 from tests.conftest import ROOT, equal, flags, outcome, start
 from utils import load_checkpoint, save_checkpoint

@@ -8,12 +8,12 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from extras.sources import load_source
 from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from config import UsageError
-from extras.sources import load_source
 
 # --- shapes ---
 

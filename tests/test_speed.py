@@ -6,9 +6,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from extras.speed import faster_step, keep_freed_memory
 
 from config import UsageError, config
-from extras.speed import faster_step, keep_freed_memory
 from model import Net
 from tests.conftest import ROOT, flags
 from train import train_step

@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from extras.sources import SHAPES, load_shapes
 
 from config import UsageError, config
 from dataset import channel_statistics, hold_out, load_datasets
-from extras.sources import SHAPES, load_shapes
 
 
 def read(dataset, epoch):

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from extras import predict
+from extras.failures import RunStopped
+from extras.sources import SHAPES
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,9 +20,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import train
 import utils
 from config import config
-from extras import predict
-from extras.failures import RunStopped
-from extras.sources import SHAPES
 from model import Net
 from tests.conftest import equal, flags
 from train import make_optimizers, train_one_epoch, train_step, validate

@@ -2,7 +2,6 @@ from collections import Counter
 
 import albumentations as A
 import numpy as np
-
 from extras.transforms import RepeatableCompose, SquareHole
 
 

@@ -10,9 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from extras.failures import RunStopped
 
 from config import UsageError
-from extras.failures import RunStopped
 from model import Net
 from tests.conftest import equal
 from utils import (

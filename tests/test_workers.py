@@ -10,13 +10,13 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from extras.sources import SHAPES, draw_shapes
+from extras.transforms import RepeatableCompose
+from extras.workers import start_worker
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import train
 from dataset import ImageDataset, make_loader
-from extras.sources import SHAPES, draw_shapes
-from extras.transforms import RepeatableCompose
-from extras.workers import start_worker
 
 
 def shapes(augmentation=None, num_workers=1):

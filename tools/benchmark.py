@@ -24,15 +24,15 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from extras.distributed import process_group, share_training
+from extras.sources import SHAPES, Split, load_source
+from extras.speed import keep_freed_memory
+from tests.plain import BATCH_SIZE, one_epoch, plain_functions
 from torch import distributed as dist
 
 from config import config
 from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
-from extras.distributed import process_group, share_training
-from extras.sources import SHAPES, Split, load_source
-from extras.speed import keep_freed_memory
 from model import Net
-from tests.plain import BATCH_SIZE, one_epoch, plain_functions
 from train import make_optimizers, train_one_epoch, train_step, validate
 from utils import DTYPES, choose_device, choose_precision, choose_workers, device_name
 

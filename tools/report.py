@@ -1,13 +1,14 @@
-"""A run in pictures: open it to change what report.md shows.
+"""A run in pictures: ``python -m tools.report runs/<name>``, also of a run that is going on or was stopped.
 
 Each plot_ function returns a matplotlib Figure, which needs no screen.
 """
 
+import argparse
 import contextlib
-import io
 import math
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,14 +18,13 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_forward_hook
 
 from config import UsageError
-from dataset import ImageDataset
-from extras.failures import only_warn
-from extras.files import write_atomically
-from extras.runs import LAST
-from utils import load_checkpoint
+from dataset import ImageDataset, load_datasets, make_loader
+from parts.command_line import in_one_line
+from parts.run import LAST, resumed_config
+from tools.evaluate import compute_outputs, load_network
+from utils import DTYPES, choose_device, choose_precision, load_checkpoint
 
 PICTURES = {  # of report.md, with their titles
     "curves.png": "Curves",
@@ -35,6 +35,19 @@ PICTURES = {  # of report.md, with their titles
 }
 CURVES, CONFUSION, PREDICTIONS, MISTAKES, AUGMENTATIONS = PICTURES
 PAGE = "report.md"
+
+
+@contextlib.contextmanager
+def only_warn(what: str) -> Iterator[None]:
+    """Let a picture fail: it costs a line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:150]
+        print(f"warning: {what} cannot be drawn ({type(error).__name__}: {reason})", file=sys.stderr)
+
 
 names_as_they_are = mpl.rc_context({"text.parse_math": False})  # a class may be called "Ba$$in"
 
@@ -89,26 +102,11 @@ def plot_confusions(counts: torch.Tensor, class_names: Sequence[str]) -> Figure:
 def explain(net: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return how far each part of normalized images (N, 3, H, W) supports the target classes: (N, H, W), 0 to 1.
 
-    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, at the last layer whose output is still an image;
-    0 everywhere if the network has none.
+    Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391) by captum, at the last block's output.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tqdm in a notebook
-        from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
+    from captum.attr import LayerAttribution, LayerGradCam  # here: it is slow to import
 
-    used, spatial = [], []
-
-    def remember(layer: nn.Module, args: tuple, out: object) -> None:
-        used.append(layer)
-        if isinstance(out, torch.Tensor) and out.ndim == 4 and out.shape[2] * out.shape[3] > 1:
-            spatial.append(layer)
-
-    with register_module_forward_hook(remember), torch.no_grad():
-        net.eval()(images)
-    spatial = [layer for layer in spatial if used.count(layer) == 1]  # captum cannot tell two uses apart
-    if not spatial:
-        return torch.zeros(len(images), *images.shape[2:])
-    parts = LayerGradCam(net, spatial[-1]).attribute(images, targets, relu_attributions=True).detach()
+    parts = LayerGradCam(net.eval(), net.blocks[-1]).attribute(images, targets, relu_attributions=True).detach()
     parts = LayerAttribution.interpolate(parts, tuple(images.shape[2:]), "bilinear")[:, 0]
     return parts / parts.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
 
@@ -119,24 +117,25 @@ def plot_predictions(
 ) -> Figure:
     """Return the chosen test images with the network's answers, each beside a heat map of the evidence.
 
-    log_probs: (N, num_classes) of the test images.
+    log_probs: (N, num_classes) of the test images. A network without `blocks` has no heat maps.
     """
     names, (confidence, predictions) = [short(name) for name in test.class_names], log_probs.exp().max(dim=1)
-    rows = math.ceil(len(chosen) / 5) or 1
+    rows, explained = math.ceil(len(chosen) / 5) or 1, hasattr(net, "blocks") and len(chosen) > 0
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
-    figure.suptitle(f"{title}, each beside what spoke for the answer (Grad-CAM)")
+    figure.suptitle(f"{title}, each beside what spoke for the answer (Grad-CAM)" if explained else title)
     grid = figure.subplots(rows, 10, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    if len(chosen):
+    if explained:
         device = next(net.parameters()).device
-        images = torch.stack([test[index][0] for index in chosen])
+        images, _ = test[list(chosen)]
         maps = explain(net, images.to(device), predictions[chosen].to(device)).cpu()
     for number, index in enumerate(chosen):
         left, right = grid[number // 5, 2 * (number % 5) : 2 * (number % 5) + 2]
         left.imshow(test.images[index].numpy())
-        right.imshow(test.images[index].numpy())
-        right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
+        if explained:
+            right.imshow(test.images[index].numpy())
+            right.imshow(maps[number].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1)
         said = f"{names[predictions[index]]} {100 * confidence[index]:.0f} %\ntrue: {names[test.labels[index]]}"
         color = "black" if predictions[index] == test.labels[index] else "firebrick"
         left.set_title(said, fontsize=9, loc="left", color=color)
@@ -155,13 +154,9 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
 @names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return a training image of each of the first classes, as it is and as augmented in nine epochs."""
-    labels, before = train.labels.numpy(), train.epoch.item()
+    labels = train.labels.numpy()
     indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
-    columns = [train.images.numpy()[indices]]
-    for epoch in range(1, 10):
-        train.set_epoch(epoch)
-        columns.append(train.augment(indices))
-    train.set_epoch(before)
+    columns = [train.images.numpy()[indices], *(train.augment(epoch, indices) for epoch in range(1, 10))]
     figure = Figure(figsize=(12, 1.2 * len(indices) + 0.8), layout="constrained")
     figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
     grid = figure.subplots(len(indices), 10, squeeze=False)
@@ -173,30 +168,22 @@ def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG. Raises RunStopped if it cannot be written."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomically(path, buffer.getvalue())
+def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto") -> None:
+    """Write a run's pictures into its folder, and report.md, which shows them.
 
-
-def write_report(
-    folder: Path,
-    net: nn.Module,
-    checkpoint: dict,
-    train: ImageDataset,
-    test: ImageDataset,
-    log_probs: torch.Tensor,
-) -> None:
-    """Write the pictures of a checkpoint and its network, and report.md, which shows them.
-
-    log_probs: (N, num_classes) of the test images. The curves are those of the whole run if its last checkpoint is in
-    the folder too. A picture that fails is only a warning; raises RunStopped if the page cannot be written.
+    The network is the one to test: that of the last epoch or, if held-out images chose it, of the best. A picture that
+    fails costs a line. Raises UsageError for a folder without a run, or with one that has no finished epoch.
     """
-    rows = checkpoint["metrics"]
-    with contextlib.suppress(UsageError):  # a missing or damaged last.pt must not spoil this checkpoint's report
-        last = load_checkpoint(folder / LAST)
-        rows = last["metrics"] if last["metrics"][: len(rows)] == rows else rows
+    folder = Path(run_dir).expanduser()
+    config = resumed_config(str(folder), {"data_dir": data_dir} if data_dir else {})
+    rows = load_checkpoint(folder / LAST)["metrics"]
+    if not rows:
+        raise UsageError(f"{folder}: no epoch is finished yet")
+    net, checkpoint = load_network(folder)
+    device = choose_device(device)
+    train, _, test = load_datasets(config)
+    dtype = DTYPES[choose_precision(config.precision, device)]
+    log_probs = compute_outputs(net.to(device), make_loader(test, config.batch_size), dtype, description="Report")
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
     first = range(min(20, len(test)))
     drawings = {
@@ -208,9 +195,10 @@ def write_report(
     }
     for name, draw in drawings.items():
         with only_warn(name):
-            save_figure(draw(), folder / name)
+            draw().savefig(folder / name, dpi=100)
     loss = F.nll_loss(log_probs.double(), test.labels).item()
-    write_atomically(folder / PAGE, describe(checkpoint, counts, loss).encode(errors="backslashreplace"))
+    (folder / PAGE).write_text(describe(checkpoint, counts, loss), errors="backslashreplace")
+    print(f"A report with pictures is in {folder / PAGE}")
 
 
 def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
@@ -234,3 +222,16 @@ Training figures are those of images as they were trained on: augmented, each be
 ```
 {settings}```
 """
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Report as the command line says."""
+    parser = argparse.ArgumentParser("python -m tools.report", description="Draw the pictures of a run, and report.md.")
+    parser.add_argument("run_dir", metavar="RUN_DIR")
+    parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    report(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    in_one_line("tools.report", main)

@@ -1,6 +1,6 @@
 """The optimizer of most weights: open it to see how Muon makes a step orthogonal."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,8 +20,15 @@ class Muon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look-ahead."""
+    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look-ahead.
+
+        closure: computes the gradients first; its loss is returned (the protocol of torch's optimizers).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 state = self.state[weight]
@@ -34,6 +41,7 @@ class Muon(torch.optim.Optimizer):
                 stretch = max(1, rows / columns) ** 0.5  # a tall matrix, with many outputs, takes a longer step
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(update.view_as(weight) * (group["lr"] * stretch))
+        return loss
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:

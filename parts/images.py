@@ -4,6 +4,7 @@ A source gives plain arrays and class names; everything after it is the same for
 """
 
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,6 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 
 from config import UsageError
-from extras.failures import warn
 
 
 class Split(NamedTuple):
@@ -100,7 +100,7 @@ def _visible(folder: Path) -> list[str]:
     except OSError as error:
         raise UsageError(
             f"{folder} cannot be read as a folder ({error.strerror}): --dataset folder reads "
-            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE (with --evaluate --no-report only the latter)"
+            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
         ) from None
     names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
@@ -139,15 +139,12 @@ def resize_image(image: Image.Image) -> np.ndarray:
     if image.mode in ("I", "F"):
         raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
     transparent = image.info.get("transparency")
-    # Pillow converts other depths to 8 bits, but not the transparent value.
-    if raw == "RGB;16B" and transparent is not None:
+    if raw == "RGB;16B" and transparent is not None:  # Pillow converts the pixels to 8 bits, but not this value
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
-    if raw in ("L;2", "L;4") and transparent is not None:
-        image.info["transparency"] = transparent * {"L;2": 85, "L;4": 17}[raw]
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
         if pixels.max() < 2**12:
-            warn("a 16-bit image has values below 4,096 only: it is nearly black, scale it to 16 bits if it should not")
+            print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
         image = Image.fromarray(np.where(pixels == transparent, 255, pixels >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

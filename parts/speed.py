@@ -37,7 +37,7 @@ def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int 
 class RecordedStep:
     """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
 
-    It is recorded once, for one network, with the options that it has then; Python code in it, such as an `if` in
+    It is recorded once, for one network; Python code in it, such as an `if` in
     `forward`, runs only that once. The first dozen steps are taken as they are, while CUDA's libraries make their
     choices; so is any batch of another size, an epoch's last. What a call returns is overwritten by the next.
     Source: Nguyen et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
@@ -47,7 +47,7 @@ class RecordedStep:
         self.step, self.steps_before, self.taken = step, steps_before, 0
         self.images = self.labels = self.rates = self.stream = self.graph = self.result = None
 
-    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence, *options) -> tuple:
+    def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence) -> tuple:
         """Take the step; return its loss and log_probs, without their history."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         numbers = [group["lr"] for group in groups]
@@ -60,28 +60,28 @@ class RecordedStep:
             for group, rate, number in zip(groups, self.rates, numbers, strict=True):
                 group["lr"] = rate.fill_(number)
             try:
-                return self.take(net, images, labels, optimizers, *options)
+                return self.take(net, images, labels, optimizers)
             finally:
                 for group, number in zip(groups, numbers, strict=True):
                     group["lr"] = number
 
-    def take(self, net: nn.Module, images: Tensor, labels: Tensor, *others) -> tuple:
+    def take(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence) -> tuple:
         """Take the step as it is, or replay the recorded one, recording it first if that is due."""
         self.taken += 1
         if images.shape != self.images.shape or self.taken <= self.steps_before:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                result = self.step(net, images, labels, *others)
+                result = self.step(net, images, labels, optimizers)
             torch.cuda.current_stream().wait_stream(self.stream)
             return tuple(tensor.detach() for tensor in result)
         if self.graph is None:
-            self.record(net, *others)
+            self.record(net, optimizers)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
         return self.result
 
-    def record(self, net: nn.Module, *others) -> None:
+    def record(self, net: nn.Module, optimizers: Sequence) -> None:
         """Record the step on self.images and self.labels; nothing is computed.
 
         Raises UsageError for a network whose step waits for the CPU.
@@ -90,7 +90,7 @@ class RecordedStep:
         graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # the loader's thread, which pins memory, may go on
         try:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
-                result = self.step(net, self.images, self.labels, *others)
+                result = self.step(net, self.images, self.labels, optimizers)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

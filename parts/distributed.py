@@ -1,0 +1,75 @@
+"""One run in several processes, started by torchrun: open it when one GPU is not enough."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed.nn  # before there is a group: imported later, it would hold the group beyond its end
+from torch import distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import UsageError
+
+T = TypeVar("T")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and how many processes share the run: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join torchrun's other processes, if there are any; on CUDA, each takes a device of its own."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
+    if cuda:
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise UsageError(f"more processes than CUDA devices, {count}: start fewer, or give --device cpu")
+        torch.cuda.set_device(number)
+    # Half an hour: the first process may be downloading the images.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    yield
+    dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
+
+
+def of_first(value: T) -> T:
+    """Return the first process's value, in all of them."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def share_training(net: nn.Module, batch_size: int) -> nn.Module:
+    """Return the network to train: itself, or of several processes one that averages their gradients at each step.
+
+    On CUDA, BatchNorm2d becomes SyncBatchNorm, over all images of a batch; on CPUs, which SyncBatchNorm refuses, each
+    process's BatchNorm sees its own images. find_unused_parameters keeps the order of the sums: without it, torch
+    regroups them after its first step, and a resumed run of three or more processes would differ in the last bits.
+    """
+    if not dist.is_initialized():
+        return net
+    if batch_size % dist.get_world_size():
+        raise UsageError(f"batch_size {batch_size} must be a multiple of the number of processes")
+    warnings.filterwarnings("ignore", message="find_unused_parameters")  # that there are none
+    if next(net.parameters()).device.type == "cuda":
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return DistributedDataParallel(net, find_unused_parameters=True)
+
+
+def share_statistics(net: nn.Module) -> None:
+    """Give all processes the first one's running averages of BatchNorm, for validation."""
+    if dist.is_initialized():
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,119 @@
+"""How a checkpoint does on the test images: ``python -m tools.evaluate runs/<name> [--tta]``."""
+
+import argparse
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from config import UsageError
+from dataset import ImageDataset, make_loader
+from model import Net
+from parts.command_line import in_one_line
+from parts.images import load_source
+from parts.run import BEST, LAST
+from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint to test: the path itself or, in a run's folder, best.pt if held-out images chose it."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path
+    held_out = load_checkpoint(path / LAST)["config"]["valid_split"] > 0
+    return path / (BEST if held_out and (path / BEST).exists() else LAST)
+
+
+def load_network(path: str | Path) -> tuple[nn.Module, dict]:
+    """Return a checkpoint's network, made with the arguments that it was trained with, and the checkpoint.
+
+    The network is in evaluation mode, on the CPU. Raises UsageError, also for weights that model.py has no place for.
+    """
+    path = find_checkpoint(path)
+    checkpoint = load_checkpoint(path)
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the first weights, drawn in vain, must not move a notebook's generator
+            net = Net(**checkpoint["network"])
+        net.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"checkpoint {path} is of another network than model.py makes ({reason})") from None
+    return net.to(memory_format=torch.channels_last).eval(), checkpoint
+
+
+@torch.inference_mode()
+def compute_outputs(
+    net: nn.Module, loader: Iterable, dtype: torch.dtype = torch.float32, mirrored: bool = False, description: str = ""
+) -> torch.Tensor:
+    """Return the network's log-probabilities (N, num_classes) of all the loader's images, float32 on the CPU.
+
+    mirrored: of their mirror images instead. description: the progress bar's, in a terminal; without it, no bar.
+    """
+    net.eval()
+    device, outputs = next(net.parameters()).device, []
+    for images, _ in tqdm(loader, description, disable=None if description else True, dynamic_ncols=True):
+        images = (images.flip(3) if mirrored else images).to(device, memory_format=torch.channels_last)
+        outputs.append(forward(net, images, dtype).log_softmax(dim=1).cpu())
+    return torch.cat(outputs)
+
+
+def load_test_images(checkpoint: dict, data_dir: str | None = None) -> ImageDataset:
+    """Return the test images of the dataset that a checkpoint was trained on. Raises UsageError for other classes."""
+    settings = checkpoint["config"]
+    source = load_source(settings["dataset"], data_dir or settings["data_dir"], test_only=True)
+    if list(source.class_names) != checkpoint["class_names"]:
+        raise UsageError("the checkpoint was trained on other classes than those of the images: give --data-dir")
+    return ImageDataset(*source.test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
+
+
+def print_accuracy(title: str, log_probs: torch.Tensor, labels: torch.Tensor) -> None:
+    """Print loss and accuracy of log-probabilities (N, num_classes)."""
+    loss = F.nll_loss(log_probs.double(), labels).item()
+    accuracy = 100 * (log_probs.argmax(dim=1) == labels).double().mean().item()
+    print(f"{title} Loss: {loss:.4f}, {title} Acc: {accuracy:.4f}")
+
+
+def evaluate(
+    path: str | Path,
+    tta: bool = False,
+    data_dir: str | None = None,
+    precision: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Print a checkpoint's loss and accuracy on the test images, in the precision of its training unless one is given.
+
+    tta: also when each image's probabilities are averaged with those of its mirror image. Raises UsageError.
+    """
+    net, checkpoint = load_network(path)
+    device = choose_device(device)
+    dtype = DTYPES[choose_precision(precision or checkpoint["config"]["precision"], device)]
+    test = load_test_images(checkpoint, data_dir)
+    set_numerics(deterministic=False)
+    loader = make_loader(test, checkpoint["config"]["batch_size"])
+    log_probs = compute_outputs(net.to(device), loader, dtype, description="Test")
+    print_accuracy("Test", log_probs, test.labels)
+    if tta:
+        mirrored = compute_outputs(net, loader, dtype, mirrored=True, description="Mirrored Test")
+        mean = torch.logaddexp(log_probs, mirrored) - math.log(2)  # of the probabilities, as a logarithm again
+        print_accuracy("Averaged Test", mean, test.labels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    parser = argparse.ArgumentParser("python -m tools.evaluate", description="Test a checkpoint, or that of a run.")
+    parser.add_argument("path", metavar="RUN_DIR|CHECKPOINT")
+    parser.add_argument("--tta", action="store_true", help="average over mirrored images as well")
+    parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
+    parser.add_argument("--precision", choices=["auto", *DTYPES], help="(default: as in the training)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    evaluate(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    in_one_line("tools.evaluate", main)
