@@ -134,24 +134,24 @@ class Datasets(NamedTuple):
 
 def load_datasets(config: Config) -> Datasets:
     """Load the config's images, split them, and set up their pipelines. Raises UsageError if that fails."""
-    source = load_source(config.dataset, config.data_dir)
-    if len(source.class_names) < 2:
+    train, test, class_names = load_source(config.dataset, config.data_dir)
+    if len(class_names) < 2:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
-    train, valid = source.train, source.test
+    valid = test
     if config.valid_split > 0:
-        held_out = hold_out(train.labels, config.valid_split)
-        train, valid = train.select(~held_out), train.select(held_out)
-    mean, std = channel_statistics(train.images)
-    common = {"class_names": source.class_names, "mean": mean, "std": std}
+        held_out = hold_out(train[1], config.valid_split)
+        train, valid = ([array[chosen] for array in train] for chosen in (~held_out, held_out))
+    mean, std = channel_statistics(train[0])
+    common = {"class_names": class_names, "mean": mean, "std": std}
     return Datasets(
         ImageDataset(*train, **common, augmentation=make_augmentation(config, mean), seed=config.seed),
         ImageDataset(*valid, **common),
-        ImageDataset(*source.test, **common),
+        ImageDataset(*test, **common),
     )
 
 
 class EpochBatchSampler(Sampler):
-    """Batches for `dataset[epoch, indices]`: in order, or in a random order that the dataset's seed and epoch determine.
+    """Batches for `dataset[epoch, indices]`: in order, or in a random one that the dataset's seed and epoch determine.
 
     Each pass takes the dataset's epoch and leaves it one higher, so that the next pass differs even if nobody calls
     set_epoch. Of `world_size` processes, number `rank` gets its part of each batch. If shuffled, for training, parts

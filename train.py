@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from config import Config, check
 from dataset import load_datasets, make_loader
 from model import Net, print_summary
-from parts.distributed import rank_and_size, share_statistics, share_training
+from parts.distributed import share_statistics, share_training
 from parts.muon import Muon
-from parts.run import Run, best_row
+from parts.run import Run
 from parts.speed import faster_step
-from utils import DTYPES, Meter, device_name, forward, resolve, seed_torch, set_numerics, with_progress
+from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, seed_torch, set_numerics, with_progress
 
 
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
@@ -193,7 +193,7 @@ def main(config: Config, resume: bool = False) -> None:
         valid = validate(net, valid_loader, dtype, f"{name} - Validation")
         history.append(summarize(config, epoch, factors[-1], train, valid))
         run.save(history, net, optimizers, scaler)
-    best = best_row(history)
+    best = max(history, key=lambda row: row["valid_accuracy"])  # the first of equals
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
     if config.valid_split > 0:  # chosen on held-out images: now the test images, once
         net.load_state_dict(run.best_weights())

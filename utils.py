@@ -111,6 +111,11 @@ def set_numerics(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's number and how many processes share the run: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def seed_torch(seed: int, epoch: int = 0, rank: int = 0) -> None:
     """Seed torch's generators for this epoch and process, so that their states need not be saved to continue a run."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0]))
@@ -150,7 +155,7 @@ class Meter:
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def average(self) -> dict[str, float]:
-        """Sum over all processes (call it once); return the same in all of them, with "seconds", "images_per_second"."""
+        """Sum over all processes (call it once); return the same in all, with "seconds" and "images_per_second"."""
         if dist.is_initialized():
             for part in (self.losses, self.correct, self.count):
                 dist.all_reduce(part)

@@ -18,11 +18,6 @@ from config import UsageError
 T = TypeVar("T")
 
 
-def rank_and_size() -> tuple[int, int]:
-    """Return this process's number and how many processes share the run: (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Join torchrun's other processes, if there are any; on CUDA, each takes a device of its own."""
@@ -33,10 +28,7 @@ def process_group(device: str) -> Iterator[None]:
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if cuda:
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
-            raise UsageError(f"more processes than CUDA devices, {count}: start fewer, or give --device cpu")
-        torch.cuda.set_device(number)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Half an hour: the first process may be downloading the images.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     yield
@@ -54,9 +46,9 @@ def of_first(value: T) -> T:
 def share_training(net: nn.Module, batch_size: int) -> nn.Module:
     """Return the network to train: itself, or of several processes one that averages their gradients at each step.
 
-    On CUDA, BatchNorm2d becomes SyncBatchNorm, over all images of a batch; on CPUs, which SyncBatchNorm refuses, each
-    process's BatchNorm sees its own images. find_unused_parameters keeps the order of the sums: without it, torch
-    regroups them after its first step, and a resumed run of three or more processes would differ in the last bits.
+    On CUDA, BatchNorm2d becomes SyncBatchNorm, over all images of a batch; on CPUs, which that refuses, each process's
+    BatchNorm sees its own images. Without find_unused_parameters torch would regroup the sums after its first step, and
+    a resumed run of three or more processes would differ in the last bits.
     """
     if not dist.is_initialized():
         return net

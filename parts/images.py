@@ -7,7 +7,6 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -15,39 +14,21 @@ from PIL import Image, ImageOps
 
 from config import UsageError
 
-
-class Split(NamedTuple):
-    """images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def select(self, mask: np.ndarray) -> "Split":
-        """Return the images and labels where the mask (N,) is true."""
-        return Split(self.images[mask], self.labels[mask])
+Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 
 
-class Source(NamedTuple):
-    """What a dataset gives, whichever it is."""
-
-    train: Split
-    test: Split
-    class_names: tuple[str, ...]
-
-
-def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> Source:
-    """Load a dataset: "cifar10", "cifar100", "folder" or "shapes". Raises UsageError if it cannot be loaded.
+def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
+    """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes"; raise UsageError if it fails.
 
     test_only: a folder's training images need not be there; its test images stand in for them.
     """
-    if name == "shapes":
-        return load_shapes()
-    if name == "folder":
-        return load_folder(Path(data_dir), test_only)
-    return load_cifar(name, Path(data_dir))
+    if name == "shapes":  # 1,200 to train on, 300 to test on
+        rng = np.random.Generator(np.random.Philox(key=0))
+        return draw_shapes(1200, rng), draw_shapes(300, rng), list(SHAPES)
+    return load_folder(Path(data_dir), test_only) if name == "folder" else load_cifar(name, Path(data_dir))
 
 
-def load_cifar(name: str, data_dir: Path) -> Source:
+def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
     """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir.
 
     torchvision verifies each file's md5 before it unpickles it, and downloads damaged files again.
@@ -58,39 +39,39 @@ def load_cifar(name: str, data_dir: Path) -> Source:
     data_dir = data_dir.parent if data_dir.name == dataset.base_folder else data_dir
     try:
         try:
-            train = dataset(data_dir, train=True)
+            parts = [dataset(data_dir, train=train) for train in (True, False)]
         except RuntimeError:  # it is not there, or not whole
             data_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(data_dir / ".lock"):  # of two runs, one downloads
-                train = dataset(data_dir, train=True, download=True)
-        test = dataset(data_dir, train=False)
+            with FileLock(data_dir / ".lock"):  # of two runs or processes, one downloads
+                parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
         raise UsageError(
-            f"{name} is not whole in {data_dir} and cannot be downloaded ({error}): put {dataset.url} "
-            f"(md5 {dataset.tgz_md5}) there, or name the folder that holds {dataset.base_folder} with --data-dir, "
-            f"or train on generated pictures with --dataset shapes"
+            f"{name} is not whole in {data_dir} and cannot be downloaded ({error}): name the folder that holds "
+            f"{dataset.base_folder} with --data-dir, put {dataset.url} there, or try --dataset shapes"
         ) from None
-    return Source(
-        # torchvision's images are a transposed view; every later read wants them in one piece
-        Split(np.ascontiguousarray(train.data), np.array(train.targets, dtype=np.int64)),
-        Split(np.ascontiguousarray(test.data), np.array(test.targets, dtype=np.int64)),
-        tuple(train.classes),
-    )
+    # torchvision's images are a transposed view; every later read wants them in one piece
+    train, test = ((np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts)
+    return train, test, list(parts[0].classes)
 
 
-def load_folder(data_dir: Path, test_only: bool = False) -> Source:
+def load_folder(data_dir: Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
     The classes are the folders' names in alphabetical order; what systems leave in folders is skipped.
     Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is not an image.
     """
     names = _visible(data_dir / "test")
-    if not test_only and (others := {*names} ^ {*_visible(data_dir / "train")}):
-        name = min(others)
-        has, lacks = ("test", "train") if name in names else ("train", "test")
-        raise UsageError(f"{data_dir / has / name} has no counterpart in {lacks}: each class is a folder in both")
-    test = _read_classes(data_dir / "test", names)
-    return Source(test if test_only else _read_classes(data_dir / "train", names), test, tuple(names))
+    train_names = names if test_only else _visible(data_dir / "train")
+    if others := sorted({*names} ^ {*train_names}):
+        raise UsageError(f"{data_dir}: the class {others[0]!r} must be a folder in both train and test")
+    splits = []
+    for part in ["test"] if test_only else ["train", "test"]:
+        folders = enumerate(data_dir / part / name for name in names)
+        files = [(folder / file, label) for label, folder in folders for file in _visible(folder)]
+        with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
+            images = np.stack(list(pool.map(read_image, [path for path, _ in files])))
+        splits.append((images, np.array([label for _, label in files], dtype=np.int64)))
+    return splits[0], splits[-1], names
 
 
 def _visible(folder: Path) -> list[str]:
@@ -98,22 +79,12 @@ def _visible(folder: Path) -> list[str]:
     try:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be read as a folder ({error.strerror}): --dataset folder reads "
-            f"DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
-        ) from None
+        layout = "--dataset folder reads DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
+        raise UsageError(f"{folder} cannot be read as a folder ({error.strerror}): {layout}") from None
     names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
         raise UsageError(f"{folder} is empty: each class needs images")
     return names
-
-
-def _read_classes(folder: Path, class_names: list[str]) -> Split:
-    files = [[folder / name / file for file in _visible(folder / name)] for name in class_names]
-    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
-    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
-        images = list(pool.map(read_image, [path for paths in files for path in paths]))
-    return Split(np.stack(images), labels)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -123,10 +94,8 @@ def read_image(path: str | Path) -> np.ndarray:
             raise ValueError("not a file")
         with Image.open(path) as image:
             return resize_image(image)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read as an image ({error.strerror or 'damaged, or no image'})") from None
     except Exception as error:  # Pillow's decoders may raise anything at a damaged file
-        raise UsageError(f"{path} cannot be read as an image ({error})") from None
+        raise UsageError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
 
 
 def resize_image(image: Image.Image) -> np.ndarray:
@@ -137,7 +106,7 @@ def resize_image(image: Image.Image) -> np.ndarray:
     raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
-        raise UsageError(f"an image's pixels, of mode {image.mode}, have no fixed range")
+        raise UsageError(f"pixels of mode {image.mode} have no fixed range")
     transparent = image.info.get("transparency")
     if raw == "RGB;16B" and transparent is not None:  # Pillow converts the pixels to 8 bits, but not this value
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
@@ -167,12 +136,6 @@ SHAPES = {
 }
 
 
-def load_shapes() -> Source:
-    """Return ten classes of generated pictures: 1,200 to train on, 300 to test on; nothing is read or written."""
-    rng = np.random.Generator(np.random.Philox(key=0))
-    return Source(draw_shapes(1200, rng), draw_shapes(300, rng), tuple(SHAPES))
-
-
 def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     """Draw `count` pictures of SHAPES, the classes in turn; position, size, colours, rotation and noise vary.
 
@@ -183,10 +146,8 @@ def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     t, x, y, size = rng.random((4, count, 1, 1))
     t = 2 * t - 1
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)  # a point of the half circle: +-90 degrees
-    pixel = np.arange(32) + 0.5
-    dx = pixel[None, None, :] - (12 + 8 * x)  # centre within 4 pixels of the image's
-    dy = pixel[None, :, None] - (12 + 8 * y)
-    radius = 7 + 5 * size
+    pixel, radius = np.arange(32) + 0.5, 7 + 5 * size
+    dx, dy = pixel - (12 + 8 * x), pixel[:, None] - (12 + 8 * y)  # the centre is within 4 pixels of the image's
     u, v = (cosine * dx + sine * dy) / radius, (cosine * dy - sine * dx) / radius
     inside = np.empty((count, 32, 32), dtype=bool)
     for label, shape in enumerate(SHAPES.values()):
@@ -196,4 +157,4 @@ def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     pictures = np.where(inside[..., None], figure, background)
     flipped = rng.random((count, 1, 1, 1)) < 0.5  # about half are dark on bright
     pictures = np.where(flipped, 1 - pictures, pictures) + 0.3 * (rng.random(pictures.shape) - 0.5)
-    return Split((255 * pictures.clip(0, 1)).astype(np.uint8), labels)
+    return (255 * pictures.clip(0, 1)).astype(np.uint8), labels

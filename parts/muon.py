@@ -12,7 +12,6 @@ class Muon(torch.optim.Optimizer):
     Each step's matrix is replaced by a nearly orthogonal one, so that every direction in which the layer can
     change is used (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon). torch.optim.Muon is the same
     for matrices, but always computes in bfloat16: several times slower on a CPU without it.
-
     weight_decay: a step multiplies the weights by 1 - lr * weight_decay (Loshchilov & Hutter 2019, arXiv:1711.05101).
     """
 
@@ -31,10 +30,9 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                average = state["momentum_buffer"]
+                if not self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                average = self.state[weight]["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
                 rows, columns = update.shape

@@ -1,10 +1,7 @@
 """Speed from settings of torch and of the C library: open it to see what --compile does, or when memory is short."""
 
 import ctypes
-import os
 import platform
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,10 +13,8 @@ from config import Config, UsageError
 def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
     """Return a faster way to take the same training step as `step` (train.train_step): on CUDA, a RecordedStep.
 
-    Elsewhere it is `step` itself, and torch.compile compiles net in place at its first use; its weights keep their
-    names. Shapes are static: one kernel for whole batches and one for the last, in a resumed run as in a straight one.
-    Raises UsageError where the compiler that torch.compile needs is missing, for float16 on CUDA, whose step waits for
-    the CPU, and for several processes, whose messages cannot be compiled.
+    Elsewhere it is `step` itself, and torch.compile compiles net in place at its first use, for a shape at a time, in
+    a resumed run as in a straight one. Raises UsageError for float16 on CUDA and for several processes.
     """
     if world_size > 1:
         raise UsageError("compile is not for several processes: give --compile false")
@@ -27,9 +22,6 @@ def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int 
         if config.precision == "float16":
             raise UsageError("compile is for float32 and bfloat16 on CUDA, not for float16: give --compile false")
         return RecordedStep(step)
-    compiler = os.environ.get("CXX", {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++"))
-    if not shutil.which(compiler):
-        raise UsageError(f"compile needs a compiler, and there is no {compiler}: install it, or give --compile false")
     net.compile(dynamic=False)
     return step
 
@@ -37,9 +29,9 @@ def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int 
 class RecordedStep:
     """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
 
-    It is recorded once, for one network; Python code in it, such as an `if` in
-    `forward`, runs only that once. The first dozen steps are taken as they are, while CUDA's libraries make their
-    choices; so is any batch of another size, an epoch's last. What a call returns is overwritten by the next.
+    It is recorded once, for one network; Python code in it, such as an `if` in `forward`, runs only that once. The
+    first dozen steps are taken as they are, while CUDA's libraries make their choices; so is any batch of another
+    size, an epoch's last. What a call returns is overwritten by the next.
     Source: Nguyen et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
 
@@ -48,7 +40,7 @@ class RecordedStep:
         self.images = self.labels = self.rates = self.stream = self.graph = self.result = None
 
     def __call__(self, net: nn.Module, images: Tensor, labels: Tensor, optimizers: Sequence) -> tuple:
-        """Take the step; return its loss and log_probs, without their history."""
+        """Take the step; return its loss and outputs."""
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         numbers = [group["lr"] for group in groups]
         with torch.cuda.device(images.device):
@@ -73,30 +65,16 @@ class RecordedStep:
             with torch.cuda.stream(self.stream):
                 result = self.step(net, images, labels, optimizers)
             torch.cuda.current_stream().wait_stream(self.stream)
-            return tuple(tensor.detach() for tensor in result)
-        if self.graph is None:
-            self.record(net, optimizers)
+            return result
+        if self.graph is None:  # record it; nothing is computed
+            net.zero_grad()  # the gradients become the graph's own
+            self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # the loader's thread, which pins memory, goes on
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode=mode):
+                self.result = self.step(net, self.images, self.labels, optimizers)
         self.images.copy_(images)
         self.labels.copy_(labels)
         self.graph.replay()
         return self.result
-
-    def record(self, net: nn.Module, optimizers: Sequence) -> None:
-        """Record the step on self.images and self.labels; nothing is computed.
-
-        Raises UsageError for a network whose step waits for the CPU.
-        """
-        net.zero_grad()  # the gradients become the graph's own
-        graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # the loader's thread, which pins memory, may go on
-        try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode=mode):
-                result = self.step(net, self.images, self.labels, optimizers)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"this network's step cannot be recorded ({reason}): give --compile false") from None
-        self.graph, self.result = graph, tuple(tensor.detach() for tensor in result)
 
 
 def keep_freed_memory() -> None:

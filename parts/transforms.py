@@ -11,8 +11,7 @@ import numpy as np
 class RepeatableCompose(A.Compose):
     """A.Compose whose random numbers follow from a key, so that no worker and no earlier image plays a part.
 
-    albumentations alone repeats itself in every worker and every epoch; with its own seeding all transforms of a
-    pipeline draw the same numbers.
+    albumentations alone repeats itself in every worker and every epoch.
     """
 
     def __init__(self, transforms: list[A.BasicTransform]):

@@ -17,19 +17,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the tests run side by side, a process for
 import numpy as np
 import pytest
 import torch
-from extras import command_line, predict
-from extras.failures import warn
-from extras.sources import SHAPES, draw_shapes
 from PIL import Image
 
 import train
 from config import Config, config
 from model import Net
+from parts import command_line
+from parts.images import SHAPES, draw_shapes
+from tools.report import report
 from utils import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-RECIPE = {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.05, "momentum": 0.9, "nesterov": True}
-RECIPE |= {"schedule": "onecycle", "label_smoothing": 0.1}
 
 
 @pytest.fixture(scope="session")
@@ -48,8 +46,10 @@ def pictures(tmp_path_factory) -> Path:
 def tiny(pictures) -> Config:
     """Settings of a run of two epochs that takes a second or two: replace(tiny, run_dir=..., ...)."""
     small = {"dataset": "folder", "data_dir": str(pictures), "batch_size": 32, "epochs": 2, "dropout": 0.1}
-    here = {"num_workers": 0, "device": "cpu", "precision": "float32"}
-    return replace(config, **small, **here, **RECIPE)  # whatever config.py says by now
+    small |= {"num_workers": 0, "device": "cpu", "precision": "float32"}
+    rates = {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.05, "sgd_weight_decay": 5e-4}
+    rates |= {"momentum": 0.9, "nesterov": True, "schedule": "onecycle", "label_smoothing": 0.1}
+    return replace(config, **small, **rates)  # whatever config.py says by now
 
 
 def flags(config: Config, **changes) -> list[str]:
@@ -63,6 +63,7 @@ def finished(tiny, tmp_path_factory) -> Path:
     """The folder of a finished run with its report, made once; not to be changed: use `copy_of_finished` for that."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train.main(replace(tiny, run_dir=str(folder)))
+    report(folder)
     return folder
 
 
@@ -76,12 +77,12 @@ def copy_of_finished(finished, tmp_path) -> Path:
 def cli(monkeypatch, tmp_path):
     """Return a function that does what `python train.py ARGUMENTS` does, here in an empty folder: its exit code."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    handlers = {number: signal.getsignal(number) for number in (*command_line.STOPS, signal.SIGCHLD)}
 
     def run(*argv: object) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
         try:
-            command_line.run(train.main)
+            command_line.run(train.main, report)
         except SystemExit as stop:
             return stop.code
         finally:
@@ -90,12 +91,6 @@ def cli(monkeypatch, tmp_path):
         return 0
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def warnings_are_new():
-    """Let each test see its warnings, of which a process prints each only once."""
-    warn.cache_clear()
 
 
 @pytest.fixture
@@ -107,8 +102,7 @@ def net():
 @pytest.fixture
 def narrow(monkeypatch):
     """Let runs in this process train a network of an eighth of the width, in a third of the time."""
-    for module in (train, predict):  # where a run makes it, and where it is loaded again
-        monkeypatch.setattr(module, "Net", functools.partial(Net, base_channels=2))
+    monkeypatch.setattr(train, "Net", functools.partial(Net, base_channels=2))
 
 
 @pytest.fixture
@@ -140,39 +134,33 @@ def refusal(capsys):
     return read
 
 
-def start(*argv: object, cwd: Path, before: tuple = (), stdout=subprocess.PIPE, **environment: str) -> subprocess.Popen:
-    """Start `python train.py ARGUMENTS` itself, in a process group of its own.
+def start(*argv: object, cwd: Path, before: tuple = (), **environment: str) -> subprocess.Popen:
+    """Start `python train.py ARGUMENTS` itself, in a process group of its own; `before` comes after python.
 
-    before: what comes between python and train.py. environment: DIE_AT="write last.pt" kills it, without warning,
-    when a file of that name would be written: see moments/sitecustomize.py.
+    environment: DIE_AT="write last.pt 2" kills it while that file is written for the second time: see moments/.
     """
     paths = os.pathsep.join([str(ROOT / "tests" / "moments"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, *before, ROOT / "train.py", *map(str, argv)]
+    environment, pipe = {**os.environ, "PYTHONPATH": paths, **environment}, subprocess.PIPE
     return subprocess.Popen(
-        [sys.executable, *before, str(ROOT / "train.py"), *map(str, argv)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
+        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
 
 
 def equal(a, b) -> bool:
     """Whether two nests of dicts, lists and tensors are the same, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def outcome(run_dir: Path) -> tuple:
-    """Everything a run leaves that counts, but for the settings that may differ between equal runs."""
-    checkpoints = [load_checkpoint(run_dir / name) for name in ("last.pt", "best.pt")]
+def outcome(run_dir: Path) -> list[dict]:
+    """Everything a run leaves that counts: not its times, not the settings that may differ between equal runs."""
+    checkpoints = [load_checkpoint(Path(run_dir, name)) for name in ("last.pt", "best.pt")]
     for checkpoint in checkpoints:
-        for setting in ("run_dir", "num_workers"):
-            checkpoint["config"].pop(setting)
-    return checkpoints, (run_dir / "metrics.csv").read_text()
+        checkpoint["config"].pop("num_workers")
+        for row in checkpoint["metrics"]:
+            del row["seconds"], row["images_per_second"]
+    return checkpoints

@@ -1,87 +1,78 @@
+"""python -m tools.evaluate RUN_DIR|CHECKPOINT: loss and accuracy on the test images."""
+
+import os
 import re
 import shutil
-from dataclasses import replace
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from extras.predict import load_network
-from extras.runs import best_row, checkpoint_to_test
 
+import model
 import train
-from config import config
+from config import UsageError
 from dataset import load_datasets, make_loader
-from model import Net
+from model import BlockSpec, Net
 from tests.conftest import ROOT, equal, flags
+from tools import evaluate
 from utils import load_checkpoint, save_checkpoint
 
 
-@pytest.mark.parametrize("argv", [["float32"], ["float32", "--batch-size", "7"], ["bfloat16"]])
-def test_checkpoint_is_tested_with_its_own_settings_but_for_those_given(cli, finished, capsys, argv):
-    assert cli("--evaluate", finished / "last.pt", "--no-report", "--precision", *argv) == 0
-    loss, accuracy = map(float, re.findall(r"\d+\.\d{4}", capsys.readouterr().out))
+@pytest.fixture
+def figures(capsys):
+    """Return a function that evaluates on the CPU, and gives the loss and the accuracy of each printed line."""
+
+    def run(*argv):
+        evaluate.main([*map(str, argv), "--device", "cpu"])
+        numbers = re.findall(r"Loss: (\d+\.\d{4}), .*Acc: (\d+\.\d{4})", capsys.readouterr().out)
+        return [pytest.approx((float(loss), float(accuracy)), abs=2e-4) for loss, accuracy in numbers]
+
+    return run
+
+
+def test_run_and_checkpoint_have_the_accuracy_that_the_run_itself_had(finished, figures):
     last = load_checkpoint(finished / "last.pt")["metrics"][-1]  # of the same images, for none were held out
-    assert loss == pytest.approx(last["valid_loss"], abs=0.05 if "bfloat16" in argv else 1e-4)
-    assert accuracy == pytest.approx(last["valid_accuracy"], abs=10 if "bfloat16" in argv else 1e-4)
+    for path in (finished, finished / "last.pt"):
+        assert figures(path) == [(last["valid_loss"], last["valid_accuracy"])]
 
 
-def test_device_and_precision_of_the_training_need_not_be_here(cli, finished):
-    last = load_checkpoint(finished / "last.pt")
-    last["config"] |= {"device": "cuda:99", "precision": "float16"}
-    save_checkpoint("far.pt", last)
-    assert cli("--evaluate", "far.pt", "--no-report") == 0
+def test_precision_may_be_another_than_in_the_training(finished, figures):
+    assert figures(finished, "--precision", "float32") == figures(finished)
+    assert figures(finished, "--precision", "bfloat16") != figures(finished)
 
 
-def test_only_the_test_images_are_needed(cli, finished, pictures, capsys):
-    shutil.copytree(pictures / "test", "elsewhere/test")
-    assert cli("--evaluate", finished, "--no-report", "--data-dir", "elsewhere") == 0
-    elsewhere = capsys.readouterr().out
-    assert cli("--evaluate", finished, "--no-report") == 0
-    assert elsewhere == capsys.readouterr().out != ""
+def test_only_the_test_images_are_needed_wherever_they_are(finished, figures, pictures, tmp_path):
+    shutil.copytree(pictures / "test", tmp_path / "test")
+    assert figures(finished, "--data-dir", tmp_path) == figures(finished)
+    shutil.rmtree(tmp_path / "test" / "bar")
+    with pytest.raises(UsageError, match="trained on other classes"):
+        figures(finished, "--data-dir", tmp_path)
 
 
-def test_mirrored_accuracy_is_printed_beside_the_other(cli, capsys):
-    path = ROOT / "weights" / "shapes.pt"
-    assert cli("--evaluate", path, "--tta", "--no-report", "--device", "cpu", "--precision", "float32") == 0
-    plain, mirrored = capsys.readouterr().out.splitlines()[-2:]
-    assert re.fullmatch(r"Test Loss: 0\.\d{4}, Test Acc: 100\.0000", plain)
-    net, _ = load_network(path)
-    test = load_datasets(replace(config, dataset="shapes")).test
+def test_tta_averages_the_probabilities_of_an_image_and_of_its_mirror_image(finished, figures, tiny):
+    net, _ = evaluate.load_network(finished)
+    test = load_datasets(tiny).test
     images, labels = next(iter(make_loader(test, len(test))))
     with torch.no_grad():
         probabilities = (net(images).exp() + net(images.flip(3)).exp()) / 2
-    accuracy = 100 * (probabilities.argmax(dim=1) == labels).double().mean()
-    loss = -probabilities[range(len(labels)), labels].log().mean()
-    assert mirrored == f"Averaged Test Loss: {loss:.4f}, Averaged Test Acc: {accuracy:.4f}"
+    loss = -probabilities[range(len(labels)), labels].log().mean().item()
+    accuracy = 100 * (probabilities.argmax(dim=1) == labels).double().mean().item()
+    assert figures(finished, "--tta") == [*figures(finished), (loss, accuracy)]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"class_names": list("abcdefghij")}, "was trained on other classes than those of the images"),
-        ({"config": {"dataset": "folder", "batch_size": 0}}, "batch_size must be between 1 and 65536, not 0"),
-    ],
-)
-def test_checkpoint_that_does_not_fit_is_refused(cli, finished, pictures, refusal, change, words):
-    save_checkpoint("other.pt", load_checkpoint(finished / "last.pt") | change)
-    assert cli("--evaluate", "other.pt", "--data-dir", pictures, "--no-report") == 2
-    assert re.search(f"other.pt.*{words}", refusal())
-
-
-# --- the end of a run ---
-
-
-def test_held_out_images_choose_the_network_that_is_tested_at_the_end(cli, tiny, monkeypatch, before, capsys):
+def test_held_out_images_choose_the_network_that_is_tested(cli, tiny, monkeypatch, before, capsys, figures):
     made = []
     monkeypatch.setattr(train, "Net", lambda **options: made.append(Net(**options)) or made[0])
     # All that the network has learnt is lost after the first epoch, when that is saved.
-    before("metrics.csv", lambda: [parameter.data.zero_() for parameter in made[0].parameters()])
+    before("best.pt", lambda: [parameter.data.zero_() for parameter in made[0].parameters()])
     assert cli(*flags(tiny, valid_split=0.2, run_dir="run"), "--no-report") == 0
-    out = capsys.readouterr().out
-    assert "(epoch 1). Results are in run.\nTest Loss: " in out
-    for path, tested in (("run", True), ("run/best.pt", True), ("run/last.pt", False)):
-        assert cli("--evaluate", path, "--no-report") == 0
-        assert (capsys.readouterr().out.strip() in out) == tested
+    of_run = re.search(r"\(epoch 1\)\..+\nTest Loss: (.+), Test Acc: (.+)\n", capsys.readouterr().out)
+    tested = [tuple(map(float, of_run.groups()))]
+    assert figures("run") == tested
+    assert figures("run/best.pt") == tested
+    assert figures("run/last.pt") != tested
 
 
 def test_test_images_play_no_part_before_the_end(cli, tiny, narrow, pictures):
@@ -91,34 +82,43 @@ def test_test_images_play_no_part_before_the_end(cli, tiny, narrow, pictures):
     for name, data_dir in (("one", str(pictures)), ("other", "others")):
         assert cli(*flags(tiny, valid_split=0.2, data_dir=data_dir, run_dir=name), "--no-report") == 0
     one, other = load_checkpoint("one/best.pt"), load_checkpoint("other/best.pt")
-    assert one["metrics"] == other["metrics"]
+    assert [row["valid_loss"] for row in one["metrics"]] == [row["valid_loss"] for row in other["metrics"]]
     assert equal(dict(one["model"]), dict(other["model"]))
 
 
-# --- the checkpoint that counts ---
+def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, monkeypatch):
+    before = figures(finished)
+    monkeypatch.setattr(model, "default_blocks", lambda base_channels: (BlockSpec(3, 8, last="unpadded"),))
+    assert len(Net().blocks) == 1
+    assert figures(finished) == before
 
 
-def test_best_epoch_is_the_first_of_equals():
-    rows = [{"epoch": epoch, "valid_accuracy": accuracy} for epoch, accuracy in [(1, 10.0), (2, 30.0), (3, 30.0)]]
-    assert best_row(rows)["epoch"] == 2
+def test_loading_a_network_leaves_a_notebooks_random_numbers_as_they_would_be(finished):
+    before = torch.random.get_rng_state()
+    net, _ = evaluate.load_network(finished)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert not net.training
 
 
-def test_best_counts_only_if_held_out_images_chose_it(copy_of_finished):
-    assert checkpoint_to_test(copy_of_finished).name == "last.pt"
-    last = load_checkpoint(copy_of_finished / "last.pt")
-    last["config"]["valid_split"] = 0.1
-    save_checkpoint(copy_of_finished / "last.pt", last)
-    assert checkpoint_to_test(copy_of_finished).name == "best.pt"
-
-
-def test_continued_run_says_that_its_best_checkpoint_is_gone_and_tests_the_last(cli, tiny, narrow, capsys):
-    assert cli(*flags(tiny, valid_split=0.2, run_dir="run"), "--no-report") == 0
-    last = load_checkpoint("run/last.pt")
-    last["metrics"][0]["valid_accuracy"] = 100.0  # the first epoch was the best
-    save_checkpoint("run/last.pt", last)
-    Path("run/best.pt").write_bytes(b"PK")
-    capsys.readouterr()
-    assert cli("--resume", "run", "--no-report") == 0
-    out, err = capsys.readouterr()
-    assert re.search(r"Best Valid Acc: 100\.0000 \(epoch 1\)\..+\nTest Loss: ", out)
-    assert err.startswith("train.py: warning: run/best.pt is gone or damaged: last.pt is tested in its place")
+@pytest.mark.parametrize(
+    ("tool", "argv", "words"),
+    [
+        ("evaluate", ["old.pt"], "old.pt is not of format"),
+        ("predict", ["other.pt", "a.png"], "other.pt is of another network"),
+        ("predict", ["last.pt", "a.png"], "a.png cannot be read"),
+        ("report", ["begun"], "begun: no epoch is finished"),
+    ],
+)
+def test_mistake_is_one_line_and_exit_code_2(finished, tmp_path, tool, argv, words):
+    last = load_checkpoint(finished / "last.pt")
+    (tmp_path / "begun").mkdir()
+    changes = {"last.pt": {}, "old.pt": {"format": "s8erav3-2"}, "other.pt": {"model": {}}}
+    changes["begun/last.pt"] = {"epoch": 0, "metrics": []}
+    for name, change in changes.items():
+        save_checkpoint(tmp_path / name, last | change)
+    command = [sys.executable, "-m", f"tools.{tool}", *argv]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(f"tools.{tool}: error: .*{words}.*\n", done.stderr)

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from extras.muon import Muon
+
+from parts.muon import Muon
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -29,3 +30,19 @@ def test_weight_without_a_gradient_stays_and_one_of_zero_is_only_shrunk():
     Muon([frozen, still], lr=0.1, weight_decay=1.0).step()
     assert (frozen == 1).all()
     assert (still == 0.9).all()
+
+
+def test_step_takes_a_closure_as_torchs_optimizers_do():
+    weights = [torch.nn.Parameter(torch.ones(4, 3, 3, 3)) for _ in range(2)]
+    first, second = (Muon([weight], lr=0.1) for weight in weights)
+
+    def closure():
+        loss = weights[0].square().sum()
+        loss.backward()
+        return loss
+
+    assert first.step(closure).item() == 108
+    weights[1].square().sum().backward()
+    assert second.step() is None
+    assert torch.equal(*weights)
+    assert weights[0].mean() < 1

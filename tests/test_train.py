@@ -1,202 +1,192 @@
+"""The loop: a step, an epoch, a whole run; what moves the weights, and how fast."""
+
 import copy
 import csv
-import json
+import functools
 import re
-import time
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from extras import predict
-from extras.failures import RunStopped
-from extras.sources import SHAPES
 from torch import nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
 
 import train
-import utils
 from config import config
 from model import Net
 from tests.conftest import equal, flags
-from train import make_optimizers, train_one_epoch, train_step, validate
+from train import epoch_factors, make_optimizers, schedule_factor, train_one_epoch, train_step, validate
 from utils import load_checkpoint
 
 
 @pytest.fixture
 def loader():
-    """Three batches of 20, 20 and 3 images, always in the same order."""
+    """Three batches of 20, 20 and 3 images: a loader is any iterable with a length."""
     rng = torch.Generator().manual_seed(0)
     images, labels = torch.randn(43, 3, 32, 32, generator=rng), torch.randint(10, (43,), generator=rng)
-    return DataLoader(TensorDataset(images, labels), batch_size=20)
+    return list(zip(images.split(20), labels.split(20), strict=True))
 
 
 # --- the loop ---
 
 
-def test_step_follows_smoothed_labels_and_reports_the_loss_without(net, loader):
-    images, labels = next(iter(loader))
-    reference = Net()
-    reference.load_state_dict(net.state_dict())
-    F.cross_entropy(reference(images), labels, label_smoothing=0.3).backward()
+@pytest.mark.parametrize(
+    ("optimizer", "losses"),
+    [("muon", [2.4478, 2.3272, 2.3647, 2.6218]), ("sgd", [2.4478, 2.4861, 2.3376, 2.7005])],
+)
+def test_first_three_steps_are_what_they_always_were(net, loader, tiny, optimizer, losses):
+    optimizers = make_optimizers(net, replace(tiny, optimizer=optimizer))
+    batches = [*loader[:2], *loader[:2]]  # the fourth loss is that of three steps
+    found = [train_step(net, *batch, optimizers, label_smoothing=0.1)[0].item() for batch in batches]
+    assert found == pytest.approx(losses, abs=2e-3)
+
+
+def test_step_follows_smoothed_labels_and_returns_the_loss_without(net, loader):
+    images, labels = loader[0]
+    reference = copy.deepcopy(net)
+    outputs = reference(images)
+    F.cross_entropy(outputs, labels, label_smoothing=0.3).backward()
     loss, log_probs = train_step(net, images, labels, make_optimizers(net, config), label_smoothing=0.3)
     for ours, expected in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad, rtol=1e-3, atol=1e-6)
-    assert loss.item() == pytest.approx(F.nll_loss(log_probs, labels).item())
+    assert loss.item() == pytest.approx(F.cross_entropy(outputs, labels).item())
+    torch.testing.assert_close(log_probs, outputs.detach())
 
 
-def averages(log_probs, labels):
+def test_network_that_returns_logits_trains_as_one_that_returns_log_probabilities(loader):
+    results = []
+    for last in (nn.Identity(), nn.LogSoftmax(dim=1)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), last)
+        sgd = torch.optim.SGD(net.parameters(), lr=0.01)
+        losses = [train_one_epoch(net, loader, [sgd])["loss"] for _ in range(2)]
+        results.append([*losses, validate(net, loader)["loss"]])
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def averages(log_probs, loader):
+    labels = torch.cat([labels for _, labels in loader])
     loss, hits = F.nll_loss(log_probs, labels), (log_probs.argmax(1) == labels).float()
-    return pytest.approx({"loss": loss.item(), "accuracy": 100 * hits.mean().item()}, rel=1e-5)
+    return pytest.approx([loss.item(), 100 * hits.mean().item()], rel=1e-5)
 
 
-def test_validation_averages_are_over_images_and_change_nothing(net, loader):
-    before = copy.deepcopy(dict(net.state_dict()))
-    images, labels = loader.dataset.tensors
-    assert validate(net, loader) == averages(net.eval()(images), labels)
-    assert equal(before, dict(net.state_dict()))
-
-
-def test_training_averages_are_over_images(net, loader):
+def test_averages_are_over_images_and_validation_changes_nothing(net, loader):
     log_probs = torch.cat([net(images) for images, _ in loader])  # BatchNorm's statistics are each batch's
-    result = train_one_epoch(net, loader, make_optimizers(net, config), factors=[0, 0, 0])
-    assert result == averages(log_probs, loader.dataset.tensors[1])
+    trained = train_one_epoch(net, loader, make_optimizers(net, config), factors=[0, 0, 0])
+    assert [trained["loss"], trained["accuracy"]] == averages(log_probs, loader)
+    before = copy.deepcopy(net.state_dict())
+    result = validate(net, loader)
+    assert equal(net.state_dict(), before)
+    assert [result["loss"], result["accuracy"]] == averages(net(torch.cat([images for images, _ in loader])), loader)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
-def test_each_step_has_its_part_of_the_learning_rates(net, loader, optimizer):
-    before = [p.clone() for p in net.parameters()]
-    optimizers = make_optimizers(net, replace(config, optimizer=optimizer, learning_rate=2.0))
-    train_one_epoch(net, loader, optimizers, factors=[0, 0, 0])
-    assert all(map(torch.equal, before, net.parameters()))
-    train_one_epoch(net, loader, optimizers, factors=[0, 0, 0.1])  # a part of 2.0, not of the 0 that was set above
-    rates = [each.param_groups[0]["lr"] for each in optimizers]
-    assert rates == pytest.approx([0.2, 2.0] if optimizer == "muon" else [0.2])
-    assert not any(map(torch.equal, before, net.parameters()))
-
-
-@pytest.mark.parametrize("optimizer", ["muon", "sgd"])
-def test_it_learns(net, loader, optimizer):
-    images, labels = next(iter(loader))
-    optimizers = make_optimizers(net, replace(config, optimizer=optimizer))
-    losses = [train_step(net, images[:10], labels[:10], optimizers)[0].item() for _ in range(20)]
-    assert losses[-1] < 0.5 < 2 < losses[0]
-
-
-class OwnNet(nn.Module):
-    """A network as people write them: it counts, uses a layer twice, drops values by a function."""
-
-    def __init__(self, num_classes, dropout):
-        super().__init__()
-        self.dropout, self.calls = dropout, 0
-        self.conv, self.relu = nn.Conv2d(3, 8, 3, stride=4), nn.ReLU()
-        self.hidden, self.last = nn.Linear(8, 8), nn.Linear(8, num_classes)
-
-    def forward(self, x):
-        self.calls += 1
-        x = F.dropout(self.relu(self.conv(x)), self.dropout, self.training).mean(dim=(2, 3))
-        return F.log_softmax(self.last(self.relu(self.hidden(x))), dim=1)
-
-
-def test_network_of_your_own_lives_as_ours_does(cli, tiny, monkeypatch, capsys):
-    convolutions = set()
-
-    def watched(*args):
-        convolutions.add(torch.backends.cudnn.conv.fp32_precision)
-        return utils.forward(*args)
-
-    for module in (train, predict):
-        monkeypatch.setattr(module, "Net", OwnNet)
-        monkeypatch.setattr(module, "forward", watched)
-    assert cli(*flags(tiny, precision="bfloat16", run_dir="run")) == 0
-    accuracy = load_checkpoint("run/last.pt")["metrics"][-1]["valid_accuracy"]
-    assert cli("--resume", "run") == 0
-    assert cli("--evaluate", "run", "--precision", "bfloat16") == 0
-    out, err = capsys.readouterr()
-    assert f"Test Acc: {accuracy:.4f}" in out
-    assert err == ""
-    assert convolutions == {"ieee"}  # float32 is no TF32 on CUDA
-
-
-def test_network_and_optimizer_of_your_own(loader):
+def test_network_optimizer_and_schedule_of_your_own(loader):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10), nn.LogSoftmax(dim=1))
     adam = torch.optim.Adam(net.parameters(), lr=1e-3)
-    first = validate(net, loader)
+    schedule, rates, first = torch.optim.lr_scheduler.StepLR(adam, 3), [], validate(net, loader)
     for _ in range(5):
         train_one_epoch(net, loader, [adam])
-    assert adam.param_groups[0]["lr"] == 1e-3
+        rates.append(adam.param_groups[0]["lr"])
+        schedule.step()
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 1e-4, 1e-4])
     assert validate(net, loader)["loss"] < first["loss"] / 2
 
 
-def test_rates_of_your_own_schedule_stay(net, loader):
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    schedule, seen = torch.optim.lr_scheduler.StepLR(optimizer, 1), []
+def test_each_step_has_its_part_of_the_learning_rates(net, loader):
+    before = [p.clone() for p in net.parameters()]
+    muon, sgd = make_optimizers(net, replace(config, optimizer="muon", learning_rate=2.0))
+    train_one_epoch(net, loader, [muon, sgd], factors=[0, 0, 0])
+    assert all(map(torch.equal, before, net.parameters()))
+    train_one_epoch(net, loader, [muon, sgd], factors=[0, 0, 0.1])  # a part of 2.0, not of the 0 that was set above
+    assert [each.param_groups[0]["lr"] for each in (muon, sgd)] == pytest.approx([0.2, 2.0])
+    assert not any(map(torch.equal, before, net.parameters()))
+
+
+# --- optimizers and schedules ---
+
+
+def test_muon_moves_what_mixes_channels_and_sgd_the_rest(net, tiny):
+    net.blocks[0].requires_grad_(False)
+    net.scale = nn.Parameter(torch.ones(()))
+    names = {weight: name for name, weight in net.named_parameters()}
+    muon, sgd = make_optimizers(net, tiny)
+    (mixing,), (decayed, spared) = muon.param_groups, sgd.param_groups
+    moved = [names.pop(weight) for group in (mixing, decayed, spared) for weight in group["params"]]
+    assert len(moved) == len(set(moved))
+    assert names == {}  # each is moved by one of them
+    convolutions = {
+        f"blocks.{place}.weight" for place in ("1.1", "1.4", "1.7", "2.1", "2.4", "2.7", "3.0", "3.3", "3.6")
+    }
+    assert set(moved[: len(mixing["params"])]) == convolutions  # but the frozen, the depthwise and the classifier
+    assert (mixing["lr"], mixing["weight_decay"]) == (0.02, 0.05)
+    assert all(weight.ndim < 2 for weight in spared["params"])
+    for group, weight_decay in ((decayed, 5e-4), (spared, 0)):
+        assert (group["lr"], group["weight_decay"], group["momentum"], group["nesterov"]) == (
+            0.2,
+            weight_decay,
+            0.9,
+            True,
+        )
+
+
+def test_sgd_alone_is_torchs_with_torchs_decay_but_for_biases_and_batchnorm(net, loader):
+    settings = {"momentum": 0.8, "nesterov": False}
+    theirs, (images, labels) = copy.deepcopy(net), loader[0]
+    decayed, spared = ([p for p in theirs.parameters() if (p.ndim > 1) is many] for many in (True, False))
+    reference = torch.optim.SGD([{"params": decayed, "weight_decay": 0.5}, {"params": spared}], 0.01, **settings)
+    ours = make_optimizers(net, replace(config, optimizer="sgd", learning_rate=0.01, sgd_weight_decay=0.5, **settings))
     for _ in range(3):
-        train_one_epoch(net, loader, [optimizer])
-        seen.append(optimizer.param_groups[0]["lr"])
-        schedule.step()
-    assert seen == pytest.approx([0.1, 0.01, 0.001])
+        train_step(net, images, labels, ours)
+        train_step(theirs, images, labels, [reference])
+    torch.testing.assert_close(net.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-5)
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for an accelerator: that a tensor's value becomes Python's."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_step_waits_for_the_device(net, monkeypatch):
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)  # the bar is looked at by the clock: at the end only, here
-    optimizers, counts = make_optimizers(net, config), []
-    for batches in (1, 3):
-        loader = [(torch.randn(4, 3, 32, 32), torch.arange(4))] * batches
-        with Waits() as waits:
-            train_one_epoch(net, loader, optimizers)
-            validate(net, loader)
-        counts.append(waits.count)
-    assert 0 < counts[0] == counts[1]
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("onecycle", [0, 0.5, 1, 0.5, 0]), ("cosine", [1, 0.9755, 0.9045, 0.3455, 0]), ("constant", [1, 1, 1, 1, 1])],
+)
+def test_schedule_goes_up_and_down_and_is_one_curve_over_all_epochs(schedule, factors):
+    assert [schedule_factor(schedule, done) for done in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx(factors, abs=1e-4)
+    settings = replace(config, epochs=4, schedule=schedule)
+    curve = [factor for epoch in (1, 2, 3, 4) for factor in epoch_factors(settings, epoch, steps=5)]
+    assert curve == epoch_factors(replace(settings, epochs=1), epoch=1, steps=20)
+    assert min(curve) > 0
 
 
-def test_loss_that_is_not_finite_ends_training_soon(monkeypatch, net, loader):
-    monkeypatch.setattr(time, "monotonic", count().__next__)  # each step takes a second
-    loader.dataset.tensors[0][25] = float("inf")  # in the second of three batches
-    steps = []
-    net.register_forward_hook(lambda *args: steps.append(1))
-    with pytest.raises(RunStopped, match="Epoch 3/9: the loss is nan at step 2; a new run needs a lower --learning"):
-        train_one_epoch(net, loader, make_optimizers(net, config), description="Epoch 3/9")
-    assert len(steps) == 2
+def test_plateau_is_torchs():
+    rng = np.random.default_rng(0)
+    accuracies = (rng.integers(0, 20, 60).cumsum() * 0.2 + rng.normal(0, 9, 60)).tolist()
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    options = {"mode": "max", "factor": 0.1, "patience": 1, "threshold": 0, "eps": 0}
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **options)
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        scheduler.step(accuracy)
+        assert schedule_factor("plateau", 0.5, accuracies[:epoch]) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 # --- a whole run ---
 
 
-def test_run_prints_the_specifications_log_and_leaves_its_files_in_a_new_folder(cli, tiny, capsys):
+def test_run_prints_the_specifications_log_and_leaves_its_numbers_in_a_new_folder(cli, tiny, capsys):
     assert cli(*flags(tiny), "--no-report") == 0
     out, err = capsys.readouterr()
     assert err == ""  # no terminal, no bars
-    told = r"^Device: cpu \(\d+ threads\), precision float32, 0 workers\.\nRun: (runs/[\d-]{10}_[\d-]{8}\.\d{6})$"
-    run = Path(re.search(told, out, re.MULTILINE)[1])
+    run = Path(re.search(r"^Run: (runs/[\d-]{10}_[\d-]{8}\.\d{6})$", out, re.MULTILINE)[1])
+    assert {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "config.json", "metrics.csv"}
     assert "Total params: 138,666" in out
-    columns, *rows = csv.reader((run / "metrics.csv").read_text().splitlines())
-    assert columns == ["epoch", "learning_rate", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
-    for epoch, _, *numbers in rows:
-        a, b, c, d = (f"{float(number):.4f}" for number in numbers)
-        assert f"\nEpoch {epoch}/2 Summary:\nTrain Loss: {a}, Train Acc: {b}\nValid Loss: {c}, Valid Acc: {d}\n" in out
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    for row in rows:
+        epoch, _, *losses, seconds, speed = map(float, row.values())
+        a, b, c, d = (f"{number:.4f}" for number in losses)
+        told = f"\nEpoch {epoch:.0f}/2 Summary:\nTrain Loss: {a}, Train Acc: {b}\nValid Loss: {c}, Valid Acc: {d}\n"
+        assert f"{told}Time: {seconds:.1f} s, {speed:,.0f} images/s in training, " in out
+    assert "0:00:00 left\n" in out.partition("Epoch 2/2")[2]
     # That of config.learning_rate at the last of five steps: the middle of steps 5 and 10 of 10, of which 2 lead up.
-    assert [float(row[1]) for row in rows] == pytest.approx([0.02 * 5.5 / 8, 0.02 * 0.5 / 8])
-
-    last, recorded = load_checkpoint(run / "last.pt"), json.loads((run / "config.json").read_text())
-    assert (recorded["dataset"], recorded["device"], recorded["epochs"]) == ("folder", "cpu", 2)
-    assert (last["epoch"], last["config"], last["class_names"]) == (2, recorded, sorted(SHAPES))
-    assert [[str(value) for value in row.values()] for row in last["metrics"]] == rows
-    best = max(last["metrics"], key=lambda row: row["valid_accuracy"])
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.02 * 5.5 / 8, 0.02 * 0.5 / 8])
+    best = max(load_checkpoint(run / "last.pt")["metrics"], key=lambda row: row["valid_accuracy"])
     end = f"Best Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {run}."
     assert out.splitlines()[-1] == end  # the test images chose the epoch: they test nothing any more
     assert load_checkpoint(run / "best.pt")["epoch"] == best["epoch"]
@@ -205,7 +195,7 @@ def test_run_prints_the_specifications_log_and_leaves_its_files_in_a_new_folder(
 def test_settings_reach_the_training(cli, tiny, narrow):
     changes = [{}, {"seed": 1}, {"label_smoothing": 0.0}, {"dropout": 0.2}, {"precision": "bfloat16"}]
     changes += [{"optimizer": "sgd"}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"weight_decay": 1.0}]
-    changes += [{"momentum": 0.5}, {"nesterov": False}, {"batch_size": 30}]
+    changes += [{"sgd_weight_decay": 0.5}, {"momentum": 0.5}, {"nesterov": False}, {"batch_size": 30}]
     losses = set()
     for number, change in enumerate(changes):
         assert cli(*flags(tiny, epochs=1, **change, run_dir=f"run {number}"), "--no-report") == 0
@@ -214,24 +204,64 @@ def test_settings_reach_the_training(cli, tiny, narrow):
 
 
 def test_plateau_follows_the_validation(cli, tiny, narrow, monkeypatch):
-    monkeypatch.setattr(train, "validate", lambda *args: {"loss": 1.0, "accuracy": 50.0})
-    argv = flags(tiny, schedule="plateau", learning_rate=0.02, epochs=4, run_dir="run")
-    assert cli(*argv, "--no-report") == 0
+    stalled = {"loss": 1.0, "accuracy": 50.0, "seconds": 1.0, "images_per_second": 1.0}
+    monkeypatch.setattr(train, "validate", lambda *args: stalled)
+    assert cli(*flags(tiny, schedule="plateau", learning_rate=0.02, epochs=4, run_dir="run"), "--no-report") == 0
     rates = [row["learning_rate"] for row in load_checkpoint("run/last.pt")["metrics"]]
     assert rates == pytest.approx([0.02, 0.02, 0.02, 0.002])
 
 
-def test_each_epoch_has_images_and_dropout_of_its_own(cli, tiny, narrow, monkeypatch):
-    seen, forward = [], Net.forward
+def test_each_epoch_has_images_and_dropout_of_its_own(cli, tiny, monkeypatch):
+    seen = []
 
-    def watched(net, x):
-        seen.append((x.mean().item(), torch.initial_seed()))
-        return forward(net, x)
+    class Watched(Net):
+        def forward(self, x):
+            seen.append((x.mean().item(), torch.initial_seed()))
+            return super().forward(x)
 
-    monkeypatch.setattr(Net, "forward", watched)
+    monkeypatch.setattr(train, "Net", functools.partial(Watched, base_channels=2))
     assert cli(*flags(tiny, run_dir="run"), "--no-report") == 0
-    means, seeds = zip(*seen[1:15], strict=True)  # after the summary: five steps and two batches of validation, twice
+    means, seeds = zip(*seen[-14:], strict=True)  # five steps and two batches of validation, twice
     assert len({*means[:5], *means[7:12]}) == 10
     assert means[5:7] == means[12:]
-    assert len({*seeds[:7]}) == len({*seeds[7:]}) == 1
     assert seeds[0] != seeds[7]
+
+
+def test_held_out_images_choose_the_network_which_meets_the_test_images_once_at_the_end(
+    cli, tiny, narrow, monkeypatch, capsys
+):
+    meetings = []
+
+    def watched(net, loader, *args):
+        result = validate(net, loader, *args)
+        meetings.append((len(loader.dataset), copy.deepcopy(net.state_dict()), result))
+        return {**result, "accuracy": 100.0} if len(meetings) == 1 else result  # the first epoch is the best
+
+    monkeypatch.setattr(train, "validate", watched)
+    assert cli(*flags(tiny, valid_split=0.2, run_dir="run"), "--no-report") == 0
+    sizes, networks, results = zip(*meetings, strict=True)
+    assert sizes == (30, 30, 50)
+    assert equal(networks[2], networks[0])
+    assert not equal(networks[2], networks[1])
+    test = f"Test Loss: {results[2]['loss']:.4f}, Test Acc: {results[2]['accuracy']:.4f}"
+    assert capsys.readouterr().out.splitlines()[-1] == test
+
+
+class OwnNet(nn.Module):
+    """A network as people write them, which returns logits."""
+
+    def __init__(self, num_classes, dropout):
+        super().__init__()
+        self.conv, self.last, self.dropout = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, num_classes), dropout
+
+    def forward(self, x):
+        return self.last(F.dropout(self.conv(x).relu().mean(dim=(2, 3)), self.dropout, self.training))
+
+
+def test_run_trains_and_continues_a_network_of_your_own(cli, tiny, monkeypatch):
+    monkeypatch.setattr(train, "Net", OwnNet)
+    assert cli(*flags(tiny, schedule="constant", run_dir="straight"), "--no-report") == 0
+    assert cli(*flags(tiny, schedule="constant", run_dir="run", epochs=1), "--no-report") == 0
+    assert cli("--resume", "run", "--epochs", 2, "--no-report") == 0
+    run, straight = (load_checkpoint(f"{name}/last.pt")["model"] for name in ("run", "straight"))
+    assert equal(run, straight)

@@ -2,7 +2,8 @@ from collections import Counter
 
 import albumentations as A
 import numpy as np
-from extras.transforms import RepeatableCompose, SquareHole
+
+from parts.transforms import RepeatableCompose, SquareHole
 
 
 def test_faster_hole_is_as_likely_everywhere_as_the_librarys():
@@ -19,3 +20,18 @@ def test_faster_hole_is_as_likely_everywhere_as_the_librarys():
     assert ours.keys() == places(A.CoarseDropout(**sizes, fill=(9, 8, 7), p=1.0)).keys()
     assert len(ours) == 9
     assert 150 < min(ours.values()) <= max(ours.values()) < 250
+
+
+def test_random_numbers_follow_from_the_key_alone():
+    pipeline = RepeatableCompose([A.RandomBrightnessContrast(p=0.5), A.GaussNoise(p=0.5), A.Lambda(np.fliplr, p=0.5)])
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+    def pictures(keys):
+        for key in keys:
+            pipeline.set_key(*key)
+            yield pipeline(image=image)["image"].tobytes()
+
+    keys = [(0, epoch, index) for epoch in range(12) for index in range(12)]
+    there, back = ([*pictures(order)] for order in (keys, keys[::-1]))
+    assert there == back[::-1]
+    assert len({*there}) > 144 * 0.7  # of eight together, one draw is none of the three: the image as it is

@@ -1,11 +1,9 @@
-"""How fast the parts are, against the plain loop that the specification describes; prints one table.
+"""How fast the parts are, against the plain loop of most tutorials: ``python -m tools.benchmark`` prints one table.
 
-python -m tests.benchmark [--dataset cifar10 | shapes] [--data-dir DIR] [--device DEVICE] [--precision PRECISION]
-                          [--rounds 7] [--images 1152]
-
-The plain loop is that of plain.py. It runs in a process of its own, because train.py changes settings of its
-process. Everything is measured in one run, in turn, so that what else the machine does strikes all alike; a figure is
-the median over the rounds, with their spread. Augmentation has the specification's probabilities (0.3) on both sides.
+The plain loop: per image PIL -> numpy -> the five transforms -> float32 tensor; a default DataLoader, with 2 workers
+for training and validation; float32; contiguous tensors; `.item()` at every step; a process of its own. All is measured
+in turn, so that what else the machine does strikes all alike; a figure is the median over the rounds, with their
+spread. Augmentation has the specification's probabilities (0.3) on both sides.
 """
 
 import argparse
@@ -13,141 +11,186 @@ import functools
 import multiprocessing
 import operator
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
+import albumentations as A
+import numpy as np
 import torch
-from extras.distributed import process_group, share_training
-from extras.sources import SHAPES, Split, load_source
-from extras.speed import keep_freed_memory
-from tests.plain import BATCH_SIZE, one_epoch, plain_functions
-from torch import distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from config import config
 from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
 from model import Net
+from parts.command_line import in_one_line
+from parts.images import Source, Split, load_source
+from parts.speed import keep_freed_memory
 from train import make_optimizers, train_one_epoch, train_step, validate
-from utils import DTYPES, choose_device, choose_precision, choose_workers, device_name
+from utils import DTYPES, choose_device, choose_precision, choose_workers, device_name, set_numerics
 
-ROOT = Path(__file__).parent.parent
-ROW = "| {:30} | {:25} | {:34} | {:7} |"
+BATCH_SIZE = 128
+TABLE = "| {:36} | {:28} | {:34} | {:6} |"
 SPECIFIED = {f"{name}_probability": 0.3 for name in ("flip", "shift_scale_rotate", "coarse_dropout")}
 SPECIFIED |= {"shift_limit": 0.0625, "scale_limit": 0.1, "rotate_limit": 15.0, "hole_size": 16}
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
+    """The command line, with its defaults."""
+
     dataset: str = "shapes"
     data_dir: str = "data"
     device: str = "auto"
     precision: str = "auto"
     rounds: int = 7
-    images: int = 1152  # a multiple of 128
+    images: int = 1152  # a multiple of the batch size
 
 
-def load_split(options):
-    split = load_source(options.dataset, options.data_dir).train
-    return Split(*(array[: options.images] for array in split))
+def load_images(options: Options) -> Source:
+    """Return the dataset with so many of its training images."""
+    source = load_source(options.dataset, options.data_dir)
+    return source._replace(train=Split(*(array[: options.images] for array in source.train)))
 
 
-def seconds(function, device):
-    """Seconds that a call takes, work queued on the device included."""
+class PlainImages(Dataset):
+    """Images as most tutorials read them."""
+
+    def __init__(self, split: Split, training: bool):
+        self.images, self.labels = split
+        mean, std = channel_statistics(self.images)
+        augmentation = [
+            A.HorizontalFlip(p=0.3),
+            A.Affine(scale=(0.9, 1.1), translate_percent=(-0.0625, 0.0625), rotate=(-15, 15), p=0.3),
+            A.CoarseDropout((1, 1), (16, 16), (16, 16), fill=tuple(255 * channel for channel in mean), p=0.3),
+        ]
+        self.transform = A.Compose([*(augmentation if training else ()), A.Normalize(mean, std), A.ToTensorV2()])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = self.transform(image=np.array(Image.fromarray(self.images[index])))["image"]
+        return image, int(self.labels[index])
+
+
+def plain_epoch(net: nn.Module, loader: Iterable, device: str, optimizer: torch.optim.SGD | None = None) -> None:
+    """Train for an epoch, or validate without an optimizer."""
+    net.train(optimizer is not None)
+    loss_sum = correct = 0.0
+    with torch.set_grad_enabled(optimizer is not None):
+        for images, labels in loader:
+            images, labels = images.to(device), labels.to(device)
+            log_probs = net(images)
+            loss = F.nll_loss(log_probs, labels)
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            loss_sum += loss.item()
+            correct += log_probs.argmax(dim=1).eq(labels).sum().item()
+
+
+@functools.cache  # made at the first call in the plain loop's process
+def plain_functions(options: Options) -> dict[str, Callable[[], None]]:
+    """Return functions of the plain loop, each of which handles every image once, by the names of their rows."""
+    device, split = options.device, load_images(options).train
+    augmented, plain = PlainImages(split, training=True), PlainImages(split, training=False)
+    loader = DataLoader(augmented, BATCH_SIZE, shuffle=True, num_workers=2)
+    test_loader = DataLoader(plain, BATCH_SIZE, num_workers=2)
+    pipeline, plain_pipeline = DataLoader(augmented, BATCH_SIZE, shuffle=True), DataLoader(plain, BATCH_SIZE)
+    net = Net().to(device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    return {
+        "training": lambda: plain_epoch(net, loader, device, optimizer),
+        "validation": lambda: plain_epoch(net, test_loader, device),
+        "augmented input": lambda: sum(1 for _ in pipeline),
+        "input without augmentation": lambda: sum(1 for _ in plain_pipeline),
+    }
+
+
+def plain_seconds(name: str, options: Options) -> float:
+    """Return the seconds that a function of the plain loop takes."""
+    return seconds(plain_functions(options)[name], options.device)
+
+
+def our_functions(options: Options) -> dict[str, Callable[[], None]]:
+    """Return the same of this project, and "bare steps": on batches that are on the device already."""
+    settings, source, device = replace(config, **SPECIFIED), load_images(options), torch.device(options.device)
+    mean, std = channel_statistics(source.train.images)
+    plain = ImageDataset(*source.train, source.class_names, mean, std)
+    augmented = ImageDataset(*source.train, source.class_names, mean, std, make_augmentation(settings, mean))
+    loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
+    pipeline, plain_pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True), make_loader(plain, BATCH_SIZE)
+    net = Net().to(device, memory_format=torch.channels_last)
+    optimizers, dtype = make_optimizers(net, settings), DTYPES[options.precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step = functools.partial(train_step, dtype=dtype, scaler=scaler)
+    placed = [(images.to(device, memory_format=torch.channels_last), y.to(device)) for images, y in plain_pipeline]
+    return {
+        "training": lambda: train_one_epoch(net, loader, optimizers, step=step),
+        "bare steps": lambda: [step(net, *batch, optimizers) for batch in placed],  # net is still in training mode
+        "validation": lambda: validate(net, plain_pipeline, dtype),
+        "augmented input": lambda: sum(1 for _ in pipeline),
+        "input without augmentation": lambda: sum(1 for _ in plain_pipeline),
+    }
+
+
+def seconds(function: Callable[[], None], device: str) -> float:
+    """Return the seconds that a call takes, work queued on the device included."""
     begin = time.perf_counter()
     function()
-    if device.type != "cpu":
+    if device != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - begin
 
 
-def rate(count, times):
-    """Images per second: the median and its spread."""
+def rate(count: int, times: Iterable[float]) -> str:
+    """Return images per second: the median and its spread."""
     rates = sorted(count / time for time in times)
     return f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f})"
 
 
-@functools.cache  # made at the first call in the process of the plain loop
-def plain_setup(options):
-    device = choose_device(options.device)
-    return plain_functions(load_split(options), device), device
-
-
-def plain_seconds(name, options):
-    functions, device = plain_setup(options)
-    return seconds(functions[name], device)
-
-
-def our_functions(split, device, dtype):
-    """This project's: name -> function that handles every image of the split once."""
-    settings = replace(config, **SPECIFIED)
-    mean, std = channel_statistics(split.images)
-    augmented = ImageDataset(*split, SHAPES, mean, std, make_augmentation(settings, mean))
-    loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
-    pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True)
-    valid_loader = make_loader(ImageDataset(*split, SHAPES, mean, std), BATCH_SIZE)
-    net = Net().to(device, memory_format=torch.channels_last)
-    optimizers = make_optimizers(net, settings)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    placed = [(images.to(device, memory_format=torch.channels_last), y.to(device)) for images, y in valid_loader]
-
-    def bare_steps():
-        net.train()
-        for images, labels in placed:
-            train_step(net, images, labels, optimizers, dtype, scaler)
-
-    return {
-        "training": lambda: train_one_epoch(net, loader, optimizers, dtype=dtype, scaler=scaler),
-        "bare steps": bare_steps,
-        "validation": lambda: validate(net, valid_loader, dtype),
-        "input pipeline": lambda: one_epoch(pipeline),
-    }
-
-
-def throughput(options, plain):
-    """Rows on training, validation and the input pipeline: ours, plain, and the median of their ratios."""
-    device = choose_device(options.device)
-    timed = {}
-    for name, function in our_functions(load_split(options), device, DTYPES[options.precision]).items():
-        if name != "bare steps":
+def throughput(options: Options, plain: ProcessPoolExecutor) -> Iterator[tuple[str, ...]]:
+    """Yield rows: ours, plain, and the median of their ratios; also the steps alone, and the loop around them."""
+    timed, compared = {}, {"bare steps": ("whole loop", "training")}
+    for name, function in our_functions(options).items():
+        if name not in compared:
+            compared[name] = "plain", f"{name}, plain"
             timed[f"{name}, plain"] = lambda name=name: plain.submit(plain_seconds, name, options).result()
-        timed[name] = lambda function=function: seconds(function, device)
-    for function in timed.values():
-        function()  # to warm up
-    rounds = [{name: function() for name, function in timed.items()} for _ in range(options.rounds)]
-    times = {name: [times[name] for times in rounds] for name in timed}
-    for name in ("training", "validation", "input pipeline"):
-        plain_times = times[f"{name}, plain"]
-        ratio = statistics.median(map(operator.truediv, plain_times, times[name]))
-        ours, theirs = rate(options.images, times[name]), rate(options.images, plain_times)
-        yield f"{name}, images/s", ours, f"plain: {theirs}", f"{ratio:.2f}x"
-    overhead = statistics.median(map(operator.truediv, times["training"], times["bare steps"]))
-    ours, bare = rate(options.images, times["training"]), rate(options.images, times["bare steps"])
-    yield "whole loop, images/s", ours, f"bare steps: {bare}", f"{overhead:.2f}x"
+        timed[name] = lambda function=function: seconds(function, options.device)
+    rounds = [{name: function() for name, function in timed.items()} for _ in range(options.rounds + 1)]
+    times = {name: [times[name] for times in rounds[1:]] for name in timed}  # the first one was to warm up
+    for name, (label, other) in compared.items():
+        ratio = statistics.median(map(operator.truediv, times[other], times[name]))
+        here, there = rate(options.images, times[name]), rate(options.images, times[other])
+        yield f"{name}, images/s", here, f"{label}: {there}", f"{ratio:.2f}x"
 
 
-PYTHON = sys.orig_argv[: sys.orig_argv.index("-m")]  # and its wrapper, if this was started by one
-
-# train.py, left at the beginning of a step.
 UNTIL_STEP = """
 import itertools, os, train
+from parts.command_line import run
 steps, step = itertools.count(1), train.train_step
-train.train_step = lambda *args: os._exit(0) if next(steps) == {} else step(*args)
-train.command_line.run(train.main)
-"""
+train.train_step = lambda *args, **options: os._exit(0) if next(steps) == {} else step(*args, **options)
+run(train.main, print)
+"""  # train.py, left at the beginning of a step
 
 
-def run_python(code, *argv, watch=lambda pid: None):
-    """Seconds that Python code takes in a process of its own, started as this one was."""
+def run_python(code: str, *argv: str, watch: Callable[[int], None] = lambda pid: None) -> float:
+    """Return the seconds that Python code takes in a process of its own; watch(pid) is called while it runs."""
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        command = [*PYTHON, "-c", code, *argv, "--run-dir", f"{folder}/run"]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-c", code, *argv, "--run-dir", f"{folder}/run"]
+        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
         while process.poll() is None:
             watch(process.pid)
             time.sleep(0.02)
@@ -156,24 +199,23 @@ def run_python(code, *argv, watch=lambda pid: None):
         return time.perf_counter() - begin
 
 
-def proportional_memory(pid):
-    """Memory of a process and its children in MiB, a page that several share divided among them (Linux)."""
+def proportional_memory(pid: int) -> float:
+    """Return the GiB of a process and its children, a page that several share divided among them (Linux)."""
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except OSError:  # it has just ended
-        return 0
-    own = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+        return 0.0
+    own = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 2**20
     return own + sum(map(proportional_memory, children))
 
 
-def start_and_memory(options):
-    """Rows on the start of a run, and on the memory of its first seconds of training."""
+def start_and_memory(options: Options) -> Iterator[tuple[str, ...]]:
+    """Yield rows on the start of a run, and on the memory of its first seconds of training."""
     argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--no-report")
     argv += ("--device", options.device, "--precision", options.precision)
-    codes = {"import torch": "import torch", "from model import Net": "from model import Net"}
-    codes["first step"] = UNTIL_STEP.format(1)
-    rounds = [{name: run_python(code, *argv) for name, code in codes.items()} for _ in range(3)]
+    codes = {code: code for code in ("import torch", "from model import Net")} | {"first step": UNTIL_STEP.format(1)}
+    rounds = [{name: run_python(code, *argv) for name, code in codes.items()} for _ in range(min(3, options.rounds))]
     medians = {name: statistics.median(times[name] for times in rounds) for name in codes}
     floor = medians.pop("import torch")
     for name, value in medians.items():
@@ -181,61 +223,28 @@ def start_and_memory(options):
     if Path("/proc/self/smaps_rollup").exists():
         peaks = [0.0]
         run_python(UNTIL_STEP.format(51), *argv, watch=lambda pid: peaks.append(proportional_memory(pid)))
-        yield "memory, workers included", f"{max(peaks) / 1024:.2f} GiB", "", ""
+        yield "memory, workers included", f"{max(peaks):.2f} GiB", "", ""
 
 
-def shared_epochs(options):
-    """One of several processes: train for three epochs on the CPU; rank 0 prints the seconds of the last two."""
-    keep_freed_memory()
-    with process_group("cpu"):
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        split = load_split(options)
-        mean, std = channel_statistics(split.images)
-        train = ImageDataset(*split, SHAPES, mean, std, make_augmentation(config, mean))
-        loader = make_loader(train, BATCH_SIZE, True, rank=rank, world_size=world_size)
-        net = Net().to(memory_format=torch.channels_last)
-        optimizers = make_optimizers(net, config)
-        if world_size > 1:
-            share_training(net, BATCH_SIZE)
-        epoch = functools.partial(train_one_epoch, net, loader, optimizers)
-        times = [seconds(epoch, torch.device("cpu")) for _ in range(3)]
-        if rank == 0:
-            print(*times[1:])
-
-
-def two_processes(options):
-    """The row on two processes that share a run, against one; each has one thread."""
-    times = {1: [], 2: []}
-    for _ in range(3):
-        for count, so_far in times.items():
-            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python")
-            argv = [sys.executable, *torchrun, *PYTHON, "-m", "tests.benchmark", *sys.argv[1:]]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
-            out = subprocess.run(argv, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-            so_far += map(float, out.split())
-    one, two = (rate(options.images, so_far) for so_far in times.values())
-    ratio = statistics.median(times[1]) / statistics.median(times[2])
-    yield "2 processes, images/s", two, f"1 process: {one}", f"{ratio:.2f}x"
-
-
-def main(options):
+def main(argv: list[str] | None = None) -> None:
+    """Measure as the command line says; print the table."""
+    parser = argparse.ArgumentParser("python -m tools.benchmark", description="Measure speed against a plain loop.")
+    for name, default in Options()._asdict().items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})")
+    options = Options(**vars(parser.parse_args(argv)))
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as plain:
         plain.submit(os.getpid).result()  # forked here, before torch has threads or CUDA, or the memory is kept
         keep_freed_memory()
+        set_numerics(deterministic=False)
         device = choose_device(options.device)
-        options = replace(options, device=str(device), precision=choose_precision(options.precision, device))
-        print(device_name(device), platform.machine(), options.precision, end=", ")
-        print(f"torch {torch.__version__}, {options.dataset}\n")
-        print(ROW.format("", "here", "compared with", "ratio"))
-        print(ROW.format("", "", "", "").replace(" ", "-"))
-        for rows in (throughput(options, plain), start_and_memory(options), two_processes(options)):
+        options = options._replace(device=str(device), precision=choose_precision(options.precision, device))
+        print(f"{device_name(device)}, {options.precision}, torch {torch.__version__}, {options.dataset}\n")
+        print(TABLE.format("", "here", "compared with", "ratio"))
+        print(TABLE.format("", "", "", "").replace(" ", "-"))
+        for rows in (throughput(options, plain), start_and_memory(options)):
             for row in rows:
-                print(ROW.format(*row), flush=True)
+                print(TABLE.format(*row), flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    for field in fields(Options):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
-    options = Options(**vars(parser.parse_args()))
-    shared_epochs(options) if dist.is_torchelastic_launched() else main(options)
+    in_one_line("tools.benchmark", main)

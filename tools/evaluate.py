@@ -39,7 +39,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
         with torch.random.fork_rng(
             devices=[]
         ):  # the first weights, drawn in vain, must not move a notebook's generator
-            net = Net(**checkpoint["network"])
+            net = Net(**checkpoint["arguments"])
         net.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -66,10 +66,10 @@ def compute_outputs(
 def load_test_images(checkpoint: dict, data_dir: str | None = None) -> ImageDataset:
     """Return the test images of the dataset that a checkpoint was trained on. Raises UsageError for other classes."""
     settings = checkpoint["config"]
-    source = load_source(settings["dataset"], data_dir or settings["data_dir"], test_only=True)
-    if list(source.class_names) != checkpoint["class_names"]:
+    _, test, class_names = load_source(settings["dataset"], data_dir or settings["data_dir"], test_only=True)
+    if class_names != checkpoint["class_names"]:
         raise UsageError("the checkpoint was trained on other classes than those of the images: give --data-dir")
-    return ImageDataset(*source.test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
+    return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
 
 
 def print_accuracy(title: str, log_probs: torch.Tensor, labels: torch.Tensor) -> None:

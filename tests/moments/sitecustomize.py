@@ -1,34 +1,30 @@
-"""Lets a test end `python train.py` at a moment that has a name; Python imports this file at its start.
+"""Lets a test kill `python train.py` at a moment that has a name; Python imports this file at its start.
 
-DIE_AT="write last.pt": when that file's temporary is opened; DIE_AT="replace best.pt": when it would get its name;
-DIE_AT="import torch": when that module is imported. DIE_OF="SIGINT": of that signal instead of SIGKILL.
-DIE_IN_RANK="1": only in that one of torchrun's processes.
-START_METHOD="spawn": how the processes that augment are started.
+DIE_AT="write last.pt 2": when its temporary is opened for the second time; DIE_AT="replace best.pt 1": when the file
+would get its name for the first time.
 QUICK_END="yes": Python does not collect what torch has left at the end, which takes it a second.
 """
 
 import atexit
 import gc
-import multiprocessing
+import itertools
 import os
 import signal
 import sys
 
-what, _, name = os.environ.get("DIE_AT", "").partition(" ")
-EVENT = {"write": "open", "replace": "os.rename", "import": "import"}.get(what)
+what, name, nth = os.environ.get("DIE_AT", "- - 0").split()
+times = itertools.count(1)
 
 
 def watch(event, args):
-    """Python tells this function of each file that is opened or renamed, and of each module."""
-    if event == EVENT:
-        found = os.path.basename(str(args[1] if what == "replace" else args[0]))
-        if found.startswith(name) and found.endswith(".tmp" if what == "write" else name):
-            os.kill(os.getpid(), signal.Signals[os.environ.get("DIE_OF", "SIGKILL")])
+    """Python tells this function of each file that is opened or renamed."""
+    if event == {"write": "open", "replace": "os.rename"}[what]:
+        file = os.path.basename(str(args[what == "replace"]))
+        if file.startswith(name) and file.endswith(".tmp" if what == "write" else name) and next(times) == int(nth):
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-if what and os.environ.get("RANK") == os.environ.get("DIE_IN_RANK"):
+if "DIE_AT" in os.environ:
     sys.addaudithook(watch)
-if "START_METHOD" in os.environ:
-    multiprocessing.set_start_method(os.environ["START_METHOD"])
 if "QUICK_END" in os.environ:
     atexit.register(gc.freeze)

@@ -1,3 +1,5 @@
+"""Where images come from, and what a picture file becomes."""
+
 import hashlib
 import os
 import pickle
@@ -6,16 +8,15 @@ import urllib.error
 from pathlib import Path
 from unittest.mock import Mock
 
+import cv2
 import numpy as np
 import pytest
-from extras.sources import load_source
 from filelock import FileLock, Timeout
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from config import UsageError
-
-# --- shapes ---
+from parts.images import load_source, read_image, resize_image
 
 
 def test_shapes_are_the_same_pictures_on_every_machine():
@@ -111,7 +112,7 @@ def flip_a_bit(path):
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
 def test_damaged_file_is_never_read(cifar10, name, damage):
     damage(cifar10 / name)
     check_that_cifar10_is_refused(cifar10.parent)
@@ -195,3 +196,59 @@ def test_folder_that_is_no_dataset_is_refused(folder, change, words):
     change(folder)
     with pytest.raises(UsageError, match=words):
         load_source("folder", folder)
+
+
+# --- a picture ---
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that writes an image of the given pixels, and reads it again."""
+
+    def save_and_read(pixels, mode=None, **options):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / "image.png", **options)
+        return read_image(tmp_path / "image.png")
+
+    return save_and_read
+
+
+def test_image_of_the_right_size_keeps_its_pixels_and_is_turned_upright(saved):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    assert np.array_equal(saved(pixels), pixels)
+    assert np.array_equal(saved(pixels, exif=exif), np.rot90(pixels, -1))
+
+
+def halves(upper, lower):
+    """Pixels (32, 32, ...), each half alike."""
+    return np.repeat([upper, lower], 512, axis=0).reshape(32, 32, *np.shape(upper))
+
+
+WHITE = [255] * 3
+
+
+def test_transparent_is_white(saved):
+    assert np.array_equal(saved(halves(np.uint8([9, 9, 9, 0]), np.uint8([9, 9, 9, 255]))), halves(WHITE, [9] * 3))
+    assert np.array_equal(saved(halves(np.uint8(0), np.uint8(200)), mode="P", transparency=0), halves(WHITE, [200] * 3))
+    assert np.array_equal(saved(halves(np.uint8(7), np.uint8(200)), transparency=7), halves(WHITE, [200] * 3))
+
+
+def test_sixteen_bits_are_scaled_to_eight(saved, tmp_path, capsys):
+    assert np.array_equal(saved(halves(np.uint16(1), np.uint16(40_000)), transparency=1), halves(WHITE, [156] * 3))
+    for channels in (1, 3):
+        pixels = halves(np.uint16([10_000] * channels), np.uint16([40_000] * channels))
+        cv2.imwrite(str(tmp_path / "deep.png"), pixels)
+        assert np.array_equal(read_image(tmp_path / "deep.png"), halves([39] * 3, [156] * 3))
+    assert capsys.readouterr().err == ""
+
+
+def test_sixteen_bit_grey_that_would_be_black_is_warned_of(saved, capsys):
+    saved(np.full((32, 32), 4_000, dtype=np.uint16))
+    assert "warning: a 16-bit image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_empty_image_is_refused(mode):
+    with pytest.raises(ValueError):
+        resize_image(Image.new(mode, (0, 5)))
