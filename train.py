@@ -15,7 +15,7 @@ from model import Net, print_summary
 from parts.distributed import share_statistics, share_training
 from parts.muon import Muon
 from parts.run import Run
-from parts.speed import faster_step
+from parts.speed import faster_step, keep_freed_memory
 from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, seed_torch, set_numerics, with_progress
 
 
@@ -163,6 +163,7 @@ def main(config: Config, resume: bool = False) -> None:
     device, dtype, (rank, world_size) = torch.device(config.device), DTYPES[config.precision], rank_and_size()
     print(f"Device: {device_name(device)}, precision {config.precision}, {config.num_workers} workers.")
     print(f"Run: {config.run_dir}", flush=True)
+    keep_freed_memory()
     set_numerics(config.deterministic)
     seed_torch(config.seed)
 
@@ -172,13 +173,11 @@ def main(config: Config, resume: bool = False) -> None:
     valid_loader = batches(data.valid)  # not augmented: workers would gain nothing
 
     net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
-    net.to(device, memory_format=torch.channels_last)
-    print_summary(net)
+    print_summary(net.to(device, memory_format=torch.channels_last))
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     step = functools.partial(train_step, dtype=dtype, scaler=scaler, label_smoothing=config.label_smoothing)
-    if config.compile:
-        step = faster_step(step, net, config, world_size)
+    step = faster_step(step, net, config) if config.compile else step
 
     run = Run(asked, config, data, net)
     history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run

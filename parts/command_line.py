@@ -19,7 +19,6 @@ from torch import distributed as dist
 from config import Config, UsageError, check, config
 from parts.distributed import of_first, process_group
 from parts.run import describe_progress, resumed_config
-from parts.speed import keep_freed_memory
 from utils import new_run_dir
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -49,16 +48,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
-    """Return (config, resume, whether to draw a report). Raises UsageError.
-
-    A flag goes before the file given with --config, and the file before config.py.
-    """
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        usage="python train.py [--resume RUN_DIR | --config FILE] [--no-report] [--SETTING VALUE ...]",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=42),
-        allow_abbrev=False,
-    )
+    """Return (config, resume, whether to draw a report). A flag goes before --config's file, that before config.py."""
+    usage = "python train.py [--resume RUN_DIR | --config FILE] [--no-report] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False)
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--resume", metavar="RUN_DIR", help="continue the run in this folder")
     begin.add_argument("--config", metavar="FILE", help="take settings from a JSON file, such as a run's config.json")
@@ -86,10 +78,11 @@ def stop(signum: int, frame: object) -> None:
 def in_one_line(program: str, function: Callable, progress: Callable[[bool], str] | None = None) -> object:
     """Return what the function returns; if it fails, end the program with one line on stderr and an exit code.
 
-    2: a mistake of the user's; 1: an error of the system, in its own words, or a loss that is not finite; 128 and the
-    signal's number: Ctrl-C, SIGTERM, SIGHUP. Anything else is Python's traceback, the line, and 1. Except after a
-    mistake, the line goes on with progress(resumable): what is saved of a run.
+    2: a mistake of the user's; 1: an error of the system, or a loss that is not finite; 128 and the signal's number;
+    anything else: Python's traceback, the line, and 1. progress(resumable): what is saved, for the end of the line.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding
     for number in STOPS:
         signal.signal(number, stop)
     resumable = True
@@ -125,15 +118,12 @@ def run(main: Callable[..., None], report: Callable[[str], None]) -> None:
     if hasattr(builtins, "__IPYTHON__"):
         sys.exit("train.py: in a notebook, start it in a process of its own: !python train.py")
     os.environ.pop("MPLBACKEND", None)  # of a notebook that started this: it may be missing here
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding
     launcher = "torchrun ..." if dist.is_torchelastic_launched() else "python"
     if rank := int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0:  # one process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     config, resume, wanted = in_one_line("train.py", parse_args)
 
     def train() -> None:
-        keep_freed_memory()
         with process_group(config.device):
             main(replace(config, run_dir=of_first(config.run_dir)), resume)  # the clocks of several may differ
         if wanted and rank == 0:

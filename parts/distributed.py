@@ -5,7 +5,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed.nn  # before there is a group: imported later, it would hold the group beyond its end
@@ -14,8 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UsageError
-
-T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -29,13 +26,13 @@ def process_group(device: str) -> Iterator[None]:
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Half an hour: the first process may be downloading the images.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    patience = timedelta(minutes=30)  # the first process may be downloading the images
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
     yield
     dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
 
 
-def of_first(value: T) -> T:
+def of_first(value: object) -> object:
     """Return the first process's value, in all of them."""
     values = [value]
     if dist.is_initialized():

@@ -1,7 +1,4 @@
-"""Where images come from: CIFAR, a folder, drawn shapes. Open it to add a source of your own.
-
-A source gives plain arrays and class names; everything after it is the same for all.
-"""
+"""Where images come from: CIFAR, a folder, drawn shapes. Open it to add a source of your own."""
 
 import pickle
 import sys
@@ -57,8 +54,8 @@ def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
 def load_folder(data_dir: Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
 
-    The classes are the folders' names in alphabetical order; what systems leave in folders is skipped.
-    Raises UsageError, naming it, for a folder that is missing or empty, and for a file that is not an image.
+    The classes are the folders' names in alphabetical order; what systems leave in folders is skipped. Raises
+    UsageError for a folder that is missing or empty, and for a file that is not an image.
     """
     names = _visible(data_dir / "test")
     train_names = names if test_only else _visible(data_dir / "train")
@@ -139,8 +136,7 @@ SHAPES = {
 def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     """Draw `count` pictures of SHAPES, the classes in turn; position, size, colours, rotation and noise vary.
 
-    Only `rng.random` and arithmetic that IEEE 754 rounds exactly are used (no sine, no logarithm): the
-    pictures are the same, bit for bit, on every machine.
+    They are the same on every machine: `rng.random` and arithmetic that IEEE 754 rounds exactly, no sine, no logarithm.
     """
     labels = np.arange(count, dtype=np.int64) % len(SHAPES)
     t, x, y, size = rng.random((4, count, 1, 1))

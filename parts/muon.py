@@ -24,10 +24,7 @@ class Muon(torch.optim.Optimizer):
 
         closure: computes the gradients first; its loss is returned (the protocol of torch's optimizers).
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):
                 if not self.state[weight]:

@@ -22,10 +22,9 @@ CHANGEABLE = {"num_workers", "device", "precision", "compile", "data_dir"}
 
 
 class Run:
-    """A run in its folder: `restore` continues or begins it, `save` writes an epoch.
+    """A run in its folder: `restore` continues or begins it, `save` writes an epoch; of several processes, the first.
 
-    last.pt is the only truth: what resumes reads nothing else, and the other files follow from it. Of several
-    processes, only the first one reads and writes.
+    last.pt is the only truth: what resumes reads nothing else, and the other files follow from it.
     """
 
     def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module):
@@ -50,7 +49,7 @@ class Run:
     def restore(self, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler, resume: bool) -> list:
         """Load the last checkpoint, or begin a run by writing that of epoch 0; return the metrics of each epoch so far.
 
-        Raises UsageError for a folder that holds another run, and for a checkpoint of what differs from this run.
+        Raises UsageError for a folder that holds another run, and for what must not differ from the run's beginning.
         """
         last, best = self.folder / LAST, self.folder / BEST
         checkpoint = load_checkpoint(last) if self.rank == 0 and (resume or last.exists()) else None
@@ -77,12 +76,13 @@ class Run:
         """Write the files of a finished epoch. It counts as saved once it is in last.pt; the others follow from it."""
         if self.rank > 0:
             return
-        states = {
+        checkpoint = self.facts | {
+            "epoch": len(rows),
+            "metrics": rows,
             "model": {name: tensor.contiguous() for name, tensor in net.state_dict().items()},  # as safetensors wants
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
         }
-        checkpoint = {**self.facts, "epoch": len(rows), "metrics": rows, **states}
         self.folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.folder / LAST, checkpoint)
         self._follow(checkpoint)
@@ -136,8 +136,8 @@ def resumed_config(run_dir: str, given: dict) -> Config:
     if not path.exists():
         raise UsageError(f"{run_dir} holds no run: there is no {LAST}")
     settings = load_checkpoint(path)["config"] | {"run_dir": run_dir}
-    if others := sorted(settings.keys() ^ {field.name for field in fields(Config)}):
-        raise UsageError(f"{path} is of another version of config.py: the setting {others[0]} differs")
+    if others := settings.keys() ^ {field.name for field in fields(Config)}:
+        raise UsageError(f"{path} is of another version of config.py: the setting {min(others)} differs")
     return Config(**(settings | given))
 
 

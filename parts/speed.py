@@ -1,4 +1,4 @@
-"""Speed from settings of torch and of the C library: open it to see what --compile does, or when memory is short."""
+"""Faster steps by settings of torch and of the C library: open it to see what --compile does."""
 
 import ctypes
 import platform
@@ -6,21 +6,20 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from config import Config, UsageError
 
 
-def faster_step(step: Callable, net: nn.Module, config: Config, world_size: int = 1) -> Callable:
+def faster_step(step: Callable, net: nn.Module, config: Config) -> Callable:
     """Return a faster way to take the same training step as `step` (train.train_step): on CUDA, a RecordedStep.
 
     Elsewhere it is `step` itself, and torch.compile compiles net in place at its first use, for a shape at a time, in
     a resumed run as in a straight one. Raises UsageError for float16 on CUDA and for several processes.
     """
-    if world_size > 1:
-        raise UsageError("compile is not for several processes: give --compile false")
+    if dist.is_initialized() or config.precision == "float16":
+        raise UsageError("compile is not for several processes, and not for float16: give --compile false")
     if next(net.parameters()).device.type == "cuda":
-        if config.precision == "float16":
-            raise UsageError("compile is for float32 and bfloat16 on CUDA, not for float16: give --compile false")
         return RecordedStep(step)
     net.compile(dynamic=False)
     return step
@@ -78,10 +77,7 @@ class RecordedStep:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: Linux, given it back, clears it again, page by page.
-
-    In float32 on a CPU, that is a fifth of the time. Other C libraries are left as they are.
-    """
+    """Let glibc keep what a step frees for the next: given back, it is cleared again, a fifth of the time on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own

@@ -9,10 +9,7 @@ import numpy as np
 
 
 class RepeatableCompose(A.Compose):
-    """A.Compose whose random numbers follow from a key, so that no worker and no earlier image plays a part.
-
-    albumentations alone repeats itself in every worker and every epoch.
-    """
+    """A.Compose whose random numbers follow from a key: alone, it repeats itself in every worker and every epoch."""
 
     def __init__(self, transforms: list[A.BasicTransform]):
         super().__init__(transforms, strict=True, is_check_shapes=False)
@@ -36,14 +33,13 @@ class ShiftScaleRotate(A.Affine):
     """
 
     def __init__(self, shift_limit: float, scale_limit: float, rotate_limit: float, p: float):
-        super().__init__(
-            translate_percent=(-shift_limit, shift_limit),
-            scale=(1 - scale_limit, 1 + scale_limit),
-            rotate=(-rotate_limit, rotate_limit),
-            keep_ratio=True,
-            border_mode=cv2.BORDER_REFLECT_101,
-            p=p,
+        shift, scale, rotate = (
+            (-shift_limit, shift_limit),
+            (1 - scale_limit, 1 + scale_limit),
+            (-rotate_limit, rotate_limit),
         )
+        edge = cv2.BORDER_REFLECT_101
+        super().__init__(scale, shift, rotate=rotate, keep_ratio=True, border_mode=edge, p=p)
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw shift, scale and angle in A.Affine's order; return the (2, 3) matrix from input to output pixels."""
@@ -65,9 +61,7 @@ class SquareHole(A.CoarseDropout):
     """A.CoarseDropout with one hole of size x size pixels, in a fifth of the time."""
 
     def __init__(self, size: int, fill: tuple[int, ...], p: float):
-        super().__init__(
-            num_holes_range=(1, 1), hole_height_range=(size, size), hole_width_range=(size, size), fill=fill, p=p
-        )
+        super().__init__((1, 1), (size, size), (size, size), fill=fill, p=p)  # number, height, width
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw the hole's upper left corner, each place equally likely."""
