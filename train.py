@@ -180,8 +180,8 @@ def main(config: Config, resume: bool = False) -> None:
     step = faster_step(step, net, config) if config.compile else step
 
     run = Run(asked, config, data, net)
-    history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run
     shared = share_training(net, config.batch_size)  # net itself, but for several processes
+    history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run
     for epoch in range(len(history) + 1, config.epochs + 1):
         seed_torch(config.seed, epoch, rank)
         data.train.set_epoch(epoch)

@@ -15,7 +15,7 @@ Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels 
 
 
 def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
-    """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes"; raise UsageError if it fails.
+    """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes". Raises UsageError.
 
     test_only: a folder's training images need not be there; its test images stand in for them.
     """

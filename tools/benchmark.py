@@ -162,10 +162,10 @@ def rate(count: int, times: Iterable[float]) -> str:
 
 def throughput(options: Options, plain: ProcessPoolExecutor) -> Iterator[tuple[str, ...]]:
     """Yield rows: ours, plain, and the median of their ratios; also the steps alone, and the loop around them."""
-    timed, compared = {}, {"bare steps": ("whole loop", "training")}
+    timed, compared = {}, {}
     for name, function in our_functions(options).items():
-        if name not in compared:
-            compared[name] = "plain", f"{name}, plain"
+        compared[name] = ("whole loop", "training") if name == "bare steps" else ("plain", f"{name}, plain")
+        if name != "bare steps":
             timed[f"{name}, plain"] = lambda name=name: plain.submit(plain_seconds, name, options).result()
         timed[name] = lambda function=function: seconds(function, options.device)
     rounds = [{name: function() for name, function in timed.items()} for _ in range(options.rounds + 1)]
