@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,9 +35,8 @@ def pictures(tmp_path_factory) -> Path:
     folder, rng, names = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), list(SHAPES)
     for part, count in (("train", 150), ("test", 50)):
         for number, (image, label) in enumerate(zip(*draw_shapes(count, rng), strict=True)):
-            path = folder / part / names[label] / f"{number:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
+            (folder / part / names[label]).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / part / names[label] / f"{number:03}.png")
     return folder
 
 
@@ -55,7 +53,7 @@ def tiny(pictures) -> Config:
 def flags(config: Config, **changes) -> list[str]:
     """Return the command line that gives these settings."""
     changed = asdict(replace(config, **changes)).items() - asdict(Config()).items()
-    return [word for name, value in sorted(changed) for word in (f"--{name.replace('_', '-')}", str(value))]
+    return [f"--{name.replace('_', '-')}={value}" for name, value in sorted(changed)]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +107,7 @@ def narrow(monkeypatch):
 def before(monkeypatch):
     """Return a function that arranges for an action, in this process, before the nth time that a file is replaced."""
 
-    def arrange(name: str, action: Callable[[], None], nth: int = 1) -> None:
+    def arrange(name, action, nth=1):
         replace, times = os.replace, itertools.count(1)
 
         def watched(source, target):
@@ -125,26 +123,19 @@ def before(monkeypatch):
 @pytest.fixture
 def refusal(capsys):
     """Return a function that gives the one line on stderr."""
-
-    def read() -> str:
-        err = capsys.readouterr().err
-        assert re.fullmatch(r"train.py: .+\n", err)
-        return err
-
-    return read
+    lines = re.compile(r"train.py: .+\n")
+    return lambda: lines.fullmatch(capsys.readouterr().err)[0]
 
 
-def start(*argv: object, cwd: Path, before: tuple = (), **environment: str) -> subprocess.Popen:
+def start(*argv: object, cwd: Path, before: tuple = (), program=ROOT / "train.py", **environment) -> subprocess.Popen:
     """Start `python train.py ARGUMENTS` itself, in a process group of its own; `before` comes after python.
 
-    environment: DIE_AT="write last.pt 2" kills it while that file is written for the second time: see moments/.
+    DIE_AT="write last.pt 2" kills it while that file is written for the second time: see moments/.
     """
-    paths = os.pathsep.join([str(ROOT / "tests" / "moments"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [sys.executable, *before, ROOT / "train.py", *map(str, argv)]
-    environment, pipe = {**os.environ, "PYTHONPATH": paths, **environment}, subprocess.PIPE
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
+    command = [sys.executable, *before, program, *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'moments'}", **environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **options)
 
 
 def equal(a, b) -> bool:

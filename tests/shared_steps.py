@@ -1,52 +1,45 @@
-"""Two steps of training, on 7 images and on 3, the layers in float64, where rounding hides little.
+"""What `torchrun --nproc-per-node 3 -m tests.shared_steps CONFIG.json` does in each of its processes."""
 
-`torchrun --nproc-per-node 3 -m tests.shared_steps FOLDER` leaves there what each process has in its memory then.
-"""
-
-import os
+import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
-from extras.distributed import first_rank_first, share_training
 from torch import distributed as dist
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from config import config
+import train
+from config import Config, UsageError
 from model import Net
-from train import make_optimizers, train_step
+from parts.distributed import process_group, share_training
 
 
-def two_steps(rank: int = 0, world_size: int = 1) -> dict:
-    """Return the weights after the steps, and for each step this process's mean loss and number of images."""
-    torch.manual_seed(rank)  # each process draws weights of its own, of which rank 0's count
-    net = Net().double().to(memory_format=torch.channels_last)
-    if world_size > 1:
-        share_training(net, batch_size=7)
-    optimizers = make_optimizers(net, replace(config, optimizer="sgd"))  # Muon makes of small differences large ones
-    steps, generator = [], torch.Generator().manual_seed(0)
-    for count in (7, 3):
-        images = torch.randn(count, 3, 32, 32, dtype=torch.float64, generator=generator)
-        part = slice(rank, None, world_size)
-        loss, log_probs = train_step(net, images[part], torch.arange(count)[part], optimizers, label_smoothing=0.1)
-        steps.append((loss.item(), len(log_probs)))
-    return {"weights": net.state_dict(), "steps": steps}
+def by_hand(net, batches, optimizers) -> None:
+    for images, labels in batches:
+        net.zero_grad()
+        F.cross_entropy(net(images), labels).backward()
+        optimizers[0].step()
 
 
-def write_down(path: Path) -> None:
-    """Add this process's rank to a file; the higher the rank, the sooner."""
-    time.sleep(0.2 * (dist.get_world_size() - dist.get_rank()))
-    with open(path, "a") as file:
-        file.write(f"{dist.get_rank()} ")
+def three_steps(wrap, take_steps) -> list:
+    """Return the weights after three steps on this process's images, of networks that begin alike."""
+    torch.manual_seed(0)
+    net, images, labels = Net(base_channels=2), torch.randn(3, 3, 2, 3, 32, 32), torch.arange(18).view(3, 3, 2) % 10
+    batches = list(zip(images[dist.get_rank()], labels[dist.get_rank()], strict=True))
+    take_steps(wrap(net), batches, [torch.optim.SGD(net.parameters(), lr=0.1)])
+    return [weight.detach() for weight in net.parameters()]
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    dist.init_process_group("gloo")
-    torch.save(two_steps(dist.get_rank(), dist.get_world_size()), folder / f"{dist.get_rank()}.pt")
-    os.environ["LOCAL_RANK"] = str(dist.get_rank() % 2)  # as if rank 2 were the first on another machine
-    first_rank_first(write_down, folder / "order.txt")
-    dist.destroy_process_group()
-    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]  # Linux only, elsewhere none
-    assert not any("gloo" in name for name in threads), threads  # one of them can abort the process at its end
+    with process_group("cpu"):
+        expected = three_steps(DistributedDataParallel, by_hand)
+        for wrap in (DistributedDataParallel, lambda net: share_training(net, 6)):
+            torch.testing.assert_close(three_steps(wrap, train.train_one_epoch), expected)
+        with pytest.raises(UsageError, match="batch_size 7 must be a multiple"):
+            share_training(Net(), 7)
+        config = Config(**json.loads(Path(sys.argv[1]).read_text()))
+        train.main(replace(config, run_dir="straight"))
+        train.main(replace(config, run_dir="run", epochs=1))

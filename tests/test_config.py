@@ -1,16 +1,10 @@
-from dataclasses import FrozenInstanceError, make_dataclass, replace
+from dataclasses import make_dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pytest
 
 from config import Config, UsageError, check, config
-
-
-def test_config_cannot_be_changed_by_accident():
-    with pytest.raises(FrozenInstanceError):
-        config.epochs = 3
-
 
 INF, NAN = float("inf"), float("nan")
 LIMITS = {  # of each number: what is allowed, what is not
@@ -37,21 +31,17 @@ def test_number_out_of_range_is_named_with_its_value(names):
                 check(replace(config, **{name: value}))
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
+def test_wrong_type_word_or_path_is_named_with_what_may_be():
+    for name, value, words in (
         ("epochs", 1.5, "of type int, not 1.5"),
         ("epochs", True, "of type int, not True"),
         ("seed", np.int64(0), "of type int, not "),
-        ("data_dir", None, "of type str, not None"),
         ("data_dir", "s3://bucket/images", "a folder on this machine, not a URL"),
         ("run_dir", "https://example.org/run", "a folder on this machine, not a URL"),
         ("schedule", "no such", "one of onecycle, cosine, plateau, constant, not 'no such'"),
-    ],
-)
-def test_wrong_type_word_or_path_is_named_with_what_may_be(name, value, words):
-    with pytest.raises(UsageError, match=f"^{name} must be {words}"):
-        check(replace(config, **{name: value}))
+    ):
+        with pytest.raises(UsageError, match=f"^{name} must be {words}"):
+            check(replace(config, **{name: value}))
 
 
 def test_field_of_your_own_is_welcome_if_it_can_be_a_flag():

@@ -4,11 +4,10 @@ import torch
 from parts.muon import Muon
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [(5, 7), (2, 60)], ids=["wide", "tall"])
-def test_muon_is_torchs_on_the_flattened_weights(memory_format, channels):
+def test_muon_is_torchs_on_the_flattened_weights(channels):
     torch.manual_seed(0)
-    conv = torch.nn.Conv2d(*channels, 3).to(memory_format=memory_format)
+    conv = torch.nn.Conv2d(*channels, 3).to(memory_format=torch.channels_last)
     before = conv.weight.detach().flatten(1).clone()
     matrix = torch.nn.Parameter(before.clone())
     ours = Muon([conv.weight], 0.02, weight_decay=2.0)
@@ -21,7 +20,7 @@ def test_muon_is_torchs_on_the_flattened_weights(memory_format, channels):
         ours.load_state_dict(ours.state_dict())  # a run can be continued after any step
     difference = (conv.weight.flatten(1) - matrix).norm() / (matrix - before).norm()
     assert difference < 0.02  # torch's is computed in bfloat16
-    assert conv.weight.is_contiguous(memory_format=memory_format)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_weight_without_a_gradient_stays_and_one_of_zero_is_only_shrunk():
@@ -33,16 +32,12 @@ def test_weight_without_a_gradient_stays_and_one_of_zero_is_only_shrunk():
 
 
 def test_step_takes_a_closure_as_torchs_optimizers_do():
-    weights = [torch.nn.Parameter(torch.ones(4, 3, 3, 3)) for _ in range(2)]
-    first, second = (Muon([weight], lr=0.1) for weight in weights)
+    weight = torch.nn.Parameter(torch.ones(4, 3, 3, 3))
 
     def closure():
-        loss = weights[0].square().sum()
-        loss.backward()
+        loss = weight.square().sum()
+        loss.backward()  # which needs gradients switched on
         return loss
 
-    assert first.step(closure).item() == 108
-    weights[1].square().sum().backward()
-    assert second.step() is None
-    assert torch.equal(*weights)
-    assert weights[0].mean() < 1
+    assert Muon([weight], lr=0.1).step(closure).item() == 108
+    assert (weight < 1).all()

@@ -34,7 +34,7 @@ from config import config
 from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
 from model import Net
 from parts.command_line import in_one_line
-from parts.images import Source, Split, load_source
+from parts.images import Split, load_source
 from parts.speed import keep_freed_memory
 from train import make_optimizers, train_one_epoch, train_step, validate
 from utils import DTYPES, choose_device, choose_precision, choose_workers, device_name, set_numerics
@@ -56,10 +56,10 @@ class Options(NamedTuple):
     images: int = 1152  # a multiple of the batch size
 
 
-def load_images(options: Options) -> Source:
-    """Return the dataset with so many of its training images."""
-    source = load_source(options.dataset, options.data_dir)
-    return source._replace(train=Split(*(array[: options.images] for array in source.train)))
+def load_images(options: Options) -> tuple[Split, list[str]]:
+    """Return as many of the dataset's training images as are wanted, and its class names."""
+    (images, labels), _, class_names = load_source(options.dataset, options.data_dir)
+    return (images[: options.images], labels[: options.images]), class_names
 
 
 class PlainImages(Dataset):
@@ -103,7 +103,7 @@ def plain_epoch(net: nn.Module, loader: Iterable, device: str, optimizer: torch.
 @functools.cache  # made at the first call in the plain loop's process
 def plain_functions(options: Options) -> dict[str, Callable[[], None]]:
     """Return functions of the plain loop, each of which handles every image once, by the names of their rows."""
-    device, split = options.device, load_images(options).train
+    device, (split, _) = options.device, load_images(options)
     augmented, plain = PlainImages(split, training=True), PlainImages(split, training=False)
     loader = DataLoader(augmented, BATCH_SIZE, shuffle=True, num_workers=2)
     test_loader = DataLoader(plain, BATCH_SIZE, num_workers=2)
@@ -125,10 +125,10 @@ def plain_seconds(name: str, options: Options) -> float:
 
 def our_functions(options: Options) -> dict[str, Callable[[], None]]:
     """Return the same of this project, and "bare steps": on batches that are on the device already."""
-    settings, source, device = replace(config, **SPECIFIED), load_images(options), torch.device(options.device)
-    mean, std = channel_statistics(source.train.images)
-    plain = ImageDataset(*source.train, source.class_names, mean, std)
-    augmented = ImageDataset(*source.train, source.class_names, mean, std, make_augmentation(settings, mean))
+    settings, (split, names), device = replace(config, **SPECIFIED), load_images(options), torch.device(options.device)
+    mean, std = channel_statistics(split[0])
+    plain = ImageDataset(*split, names, mean, std)
+    augmented = ImageDataset(*split, names, mean, std, make_augmentation(settings, mean))
     loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
     pipeline, plain_pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True), make_loader(plain, BATCH_SIZE)
     net = Net().to(device, memory_format=torch.channels_last)
