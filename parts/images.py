@@ -1,28 +1,35 @@
 """Where images come from: CIFAR, a folder, drawn shapes. Open it to add a source of your own."""
 
+import contextlib
+import io
 import pickle
 import sys
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from tqdm import tqdm
 
 from config import UsageError
 
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 
 
-def load_source(name: str, data_dir: str | Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
+def load_source(
+    name: str, data_dir: str | Path, size: int = 32, test_only: bool = False
+) -> tuple[Split, Split, list[str]]:
     """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes". Raises UsageError.
 
-    test_only: a folder's training images need not be there; its test images stand in for them.
+    size: side in pixels of a folder's images; the others have 32. test_only: a folder's training images need not be
+    there; its test images stand in for them.
     """
     if name == "shapes":  # 1,200 to train on, 300 to test on
         rng = np.random.Generator(np.random.Philox(key=0))
         return draw_shapes(1200, rng), draw_shapes(300, rng), list(SHAPES)
-    return load_folder(Path(data_dir), test_only) if name == "folder" else load_cifar(name, Path(data_dir))
+    return load_folder(Path(data_dir), size, test_only) if name == "folder" else load_cifar(name, Path(data_dir))
 
 
 def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
@@ -51,24 +58,39 @@ def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
     return train, test, list(parts[0].classes)
 
 
-def load_folder(data_dir: Path, test_only: bool = False) -> tuple[Split, Split, list[str]]:
-    """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to 32x32.
+def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> tuple[Split, Split, list[str]]:
+    """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to size x size.
 
-    The classes are the folders' names in alphabetical order; what systems leave in folders is skipped. Raises
-    UsageError for a folder that is missing or empty, and for a file that is not an image.
+    The classes are the folders' names in alphabetical order, accents in Unicode's NFC; what systems leave in folders is
+    skipped. Raises UsageError for a folder that is missing or empty, and for files that are not images.
     """
-    names = _visible(data_dir / "test")
-    train_names = names if test_only else _visible(data_dir / "train")
-    if others := sorted({*names} ^ {*train_names}):
+    test = _class_folders(data_dir / "test")
+    train = test if test_only else _class_folders(data_dir / "train")
+    if others := sorted({*test} ^ {*train}):
         raise UsageError(f"{data_dir}: the class {others[0]!r} must be a folder in both train and test")
     splits = []
-    for part in ["test"] if test_only else ["train", "test"]:
-        folders = enumerate(data_dir / part / name for name in names)
-        files = [(folder / file, label) for label, folder in folders for file in _visible(folder)]
+    for folders in [test] if test_only else [train, test]:
+        files = [(folders[name] / file, label) for label, name in enumerate(test) for file in _visible(folders[name])]
         with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
-            images = np.stack(list(pool.map(read_image, [path for path, _ in files])))
-        splits.append((images, np.array([label for _, label in files], dtype=np.int64)))
-    return splits[0], splits[-1], names
+            reads = [pool.submit(read_image, file, size) for file, _ in files]
+            errors = [
+                read.exception() for read in tqdm(reads, "Reading", disable=None, leave=False, dynamic_ncols=True)
+            ]
+        if errors := [str(error) for error in errors if error]:
+            raise UsageError("; ".join(errors[:10]) + (f"; and {len(errors) - 10} more" if errors[10:] else ""))
+        splits.append(
+            (np.stack([read.result() for read in reads]), np.array([label for _, label in files], dtype=np.int64))
+        )
+    return splits[0], splits[-1], list(test)
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """Return {class name: its folder}, sorted; a Mac's names, whose accents stand apart (NFD), become like others'."""
+    folders = {}
+    for name in _visible(folder):
+        if folders.setdefault(unicodedata.normalize("NFC", name), folder / name) != folder / name:
+            raise UsageError(f"{folder}: two folders are both called {name!r}, in other code points: rename one")
+    return dict(sorted(folders.items()))
 
 
 def _visible(folder: Path) -> list[str]:
@@ -77,6 +99,8 @@ def _visible(folder: Path) -> list[str]:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         layout = "--dataset folder reads DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
+        if folder.name == "test":
+            layout += "; --valid-split only divides train, it does not stand in for test"
         raise UsageError(f"{folder} cannot be read as a folder ({error.strerror}): {layout}") from None
     names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
@@ -84,38 +108,59 @@ def _visible(folder: Path) -> list[str]:
     return names
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Return the image in a file, in most formats that Pillow reads, as (32, 32, 3) uint8. Raises UsageError."""
+def read_image(path: str | Path, size: int = 32) -> np.ndarray:
+    """Return the image in a file, in most formats that Pillow reads, as (size, size, 3) uint8, RGB. Raises UsageError.
+
+    Of a file with several pictures, such as a TIFF of many pages, it is the first.
+    """
     try:
         if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
             raise ValueError("not a file")
         with Image.open(path) as image:
-            return resize_image(image)
+            return resize_image(image, size)
     except Exception as error:  # Pillow's decoders may raise anything at a damaged file
-        raise UsageError(f"{path} cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
+        reason = getattr(error, "strerror", None) or error
+        if Path(path).suffix.lower() in (".heic", ".heif"):
+            reason = "HEIC needs pillow-heif: convert it to JPEG"
+        raise UsageError(f"{path} cannot be read as an image ({reason})") from None
 
 
-def resize_image(image: Image.Image) -> np.ndarray:
-    """Return an image upright, in RGB and squeezed to (32, 32, 3) uint8; one of that size keeps its pixels.
+def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
+    """Return an image upright, in sRGB and squeezed to (size, size, 3) uint8; one of that size keeps its pixels.
 
-    Transparent parts become white, as in a viewer. Raises UsageError for pixels of no fixed range (modes "I" and "F").
+    Transparent parts become white, as in a viewer; a colour profile is applied (of RGB and CMYK; a broken one is
+    ignored). Raises UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
     """
     raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
-    image = ImageOps.exif_transpose(image)
+    form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
+    with contextlib.suppress(Exception):  # broken EXIF data, which only say how to turn the image
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of mode {image.mode} have no fixed range")
+    deep = form == "TIFF" and max(tags.get(258, [8])) > 8  # bits; 262: 0 if white is zero; 338: what a fourth band is
+    if (deep and (image.mode[0] != "I" or tags[262] == 0)) or (
+        form == "TIFF" and image.mode == "RGBA" and 338 not in tags
+    ):
+        raise UsageError("a TIFF of a rare kind: save it as one of 8 bits, or as PNG")
     transparent = image.info.get("transparency")
     if raw == "RGB;16B" and transparent is not None:  # Pillow converts the pixels to 8 bits, but not this value
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
-        if pixels.max() < 2**12:
-            print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
         image = Image.fromarray(np.where(pixels == transparent, 255, pixels >> 8).astype(np.uint8))
+    if "16" in raw and np.asarray(image).max() < 16:
+        print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
+    if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
+        image = image.convert("RGB")  # viewers ignore opacity there, and many programs leave it at zero
+    if image.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in image.info:
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+            mode = "RGBA" if image.mode == "RGBA" else "RGB"
+            image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return np.asarray(image.convert("RGB").resize((32, 32)))
+    return np.asarray(image.convert("RGB").resize((size, size)))
 
 
 # Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.

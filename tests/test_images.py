@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from filelock import FileLock, Timeout
-from PIL import Image
+from PIL import Image, ImageCms
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from config import UsageError
@@ -162,3 +162,59 @@ def test_transparent_is_white_and_sixteen_bits_are_scaled_to_eight(tmp_path, cap
     assert capsys.readouterr().err == ""
     saved(tmp_path, np.full((32, 32), 4_000, dtype=np.uint16))
     assert "warning: a 16-bit image" in capsys.readouterr().err  # it will be nearly black
+
+
+def test_colour_profile_is_applied_and_a_broken_one_or_broken_exif_data_are_ignored(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    red, green = srgb.index(b"rXYZ") + 4, srgb.index(b"gXYZ") + 4  # where the table says where the colours are
+    swapped = bytearray(srgb)
+    swapped[red : red + 8], swapped[green : green + 8] = srgb[green : green + 8], srgb[red : red + 8]
+    for profile, expected in ((srgb, pixels), (b"broken", pixels), (bytes(swapped), pixels[..., [1, 0, 2]])):
+        assert np.abs(saved(tmp_path, pixels, icc_profile=profile).astype(int) - expected).max() <= 1
+    assert np.array_equal(saved(tmp_path, pixels, exif=b"Exif\0\0MM\0*broken"), pixels)
+
+
+def test_opacity_of_nought_everywhere_is_none_in_formats_whose_viewers_ignore_it(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    pixels[..., 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "image.tga")
+    assert np.array_equal(read_image(tmp_path / "image.tga"), pixels[..., :3])
+    assert (saved(tmp_path, pixels) == 255).all()  # PNG: nothing but transparent
+
+
+def test_what_can_only_be_read_wrongly_is_refused_with_the_way_out(tmp_path):
+    grey = Image.fromarray(np.full((8, 8), 9_000, dtype=np.uint16))
+    grey.save(tmp_path / "negative.tif", tiffinfo={262: 0})  # white is zero
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    for name, words in (("negative.tif", "rare kind: save it as"), ("phone.heic", "pillow-heif: convert it to JPEG")):
+        with pytest.raises(UsageError, match=f"{name} cannot be read as an image .+{words}"):
+            read_image(tmp_path / name)
+
+
+def test_accents_may_be_written_in_either_way_but_not_in_both(folder):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    for part, name in (("train", apart), ("test", composed)):
+        (folder / part / "dark").rename(folder / part / name)
+    assert load_source("folder", folder)[2] == ["bright", composed]
+    (folder / "train" / composed).mkdir()
+    with pytest.raises(UsageError, match="two folders are both called"):
+        load_source("folder", folder)
+
+
+def test_all_files_that_cannot_be_read_are_named_at_once(folder):
+    for number in range(12):
+        (folder / f"test/dark/{number:02}.png").touch()
+    with pytest.raises(UsageError, match=r"00\.png .+; .+09\.png cannot be read as an image .+; and 2 more$"):
+        load_source("folder", folder)
+
+
+def test_missing_test_folder_says_that_held_out_images_do_not_stand_in_for_it(folder):
+    (folder / "test").rename(folder / "tests")
+    with pytest.raises(UsageError, match="--valid-split only divides train"):
+        load_source("folder", folder)
+
+
+def test_folder_can_have_another_image_size(folder):
+    (images, _), (test_images, _), _ = load_source("folder", folder, size=64)
+    assert images.shape == test_images.shape == (6, 64, 64, 3)
