@@ -152,6 +152,7 @@ def outcome(run_dir: Path) -> list[dict]:
     checkpoints = [load_checkpoint(Path(run_dir, name)) for name in ("last.pt", "best.pt")]
     for checkpoint in checkpoints:
         checkpoint["config"].pop("num_workers")
+        checkpoint.pop("made_by")
         for row in checkpoint["metrics"]:
             del row["seconds"], row["images_per_second"]
     return checkpoints

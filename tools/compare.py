@@ -1,0 +1,187 @@
+"""Did it help? Runs side by side: ``python -m tools.compare runs/a runs/b ...``; without names, all of runs/.
+
+It reads each run's last.pt and nothing else: no data, no network, no device.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from config import UsageError
+from parts.command_line import in_one_line
+from parts.run import LAST
+from utils import load_checkpoint
+
+# What does not make another setting of a run: the first is its repetition, the others where it ran.
+NOT_COMPARED = {"seed", "data_dir", "num_workers", "device"}
+
+
+class Run(NamedTuple):
+    """What a run's last.pt says of it."""
+
+    name: str
+    config: dict
+    rows: list[dict]  # of metrics.csv
+    right: np.ndarray  # (N,) 0 or 1: which validation images the last epoch's network got right
+    images: str  # SHA-256 of the validation images
+    network: list  # its layers, its table and its augmentation
+    modules: dict[str, str]  # file -> its text
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return len(self.rows) == self.config["epochs"]
+
+    @property
+    def setting(self) -> tuple:
+        """What runs of one setting have in common."""
+        compared = {name: value for name, value in self.config.items() if name not in NOT_COMPARED}
+        return repr(compared), repr(self.network)
+
+
+def read_run(folder: Path) -> Run | None:
+    """Return the run in a folder; None, and a line that says so, if it has no finished epoch."""
+    checkpoint = load_checkpoint(folder / LAST)
+    if not checkpoint["metrics"]:
+        print(f"{folder}: no epoch is finished yet")
+        return None
+    modules = checkpoint["made_by"][-1]["modules"]
+    network = [checkpoint[name] for name in ("network", "arguments", "augmentation")]
+    network[1] = {name: value for name, value in network[1].items() if name != "dropout"}  # which is in the config
+    rows, right = checkpoint["metrics"], checkpoint["right"].numpy()
+    return Run(folder.name, checkpoint["config"], rows, right, checkpoint["images"][1], network, modules)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return a line for each run: the settings that differ, epochs, last losses and accuracies, seconds an epoch."""
+    differing = [name for name in runs[0].config if len({str(run.config.get(name)) for run in runs}) > 1]
+    columns = ["train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
+    lines = [["run", *differing, "epochs", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
+    for run in runs:
+        done = f"{len(run.rows)}" if run.finished else f"{len(run.rows)} of {run.config['epochs']}"
+        numbers = [f"{run.rows[-1][column]:.{2 if 'accuracy' in column else 4}f}" for column in columns]
+        seconds = sum(row["seconds"] for row in run.rows) / len(run.rows)
+        lines.append([run.name, *(str(run.config.get(name)) for name in differing), done, *numbers, f"{seconds:.1f}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def image_error(before: np.ndarray, after: np.ndarray) -> float:
+    """Return the standard error of a difference of accuracies in points, of the same N images.
+
+    before, after: (N,) the fraction of a setting's networks that got each image right. With one network each, this is
+    sqrt(b + c - (c - b)^2 / N) / N of McNemar's counts b and c of the images that only one of the two got right
+    (Agresti 2013, Categorical Data Analysis, section 11.1).
+    """
+    return 100 * np.std(after - before).item() / math.sqrt(len(before))
+
+
+def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
+    """Return which of two networks is better on the same images, by the exact test of McNemar's counts."""
+    only_before, only_after = int((before > after).sum()), int((after > before).sum())
+    discordant = only_before + only_after
+    chance = stats.binomtest(only_after, discordant).pvalue if discordant else 1.0
+    better = "this network is" if only_after > only_before else "the first network is"
+    said = f"{better} better on these images" if chance < 0.05 else "neither network is better on these images"
+    return f"{said} (p = {chance:.2g}). One run each: a seed alone can do this; repeat with --seed 1"
+
+
+def verdict(before: Sequence[float], after: Sequence[float]) -> str:
+    """Return "helped", "hurt" or "no difference", from the accuracies of 2 or more seeds of each of two settings.
+
+    Student's t with pooled variance, two-sided, at 5 %: two groups of one setting are told apart in 5 % of cases.
+    """
+    if np.std(before) + np.std(after) == 0:
+        return "no difference"  # that can be judged: seeds that agree exactly say nothing of other seeds
+    if stats.ttest_ind(after, before).pvalue >= 0.05:
+        return "no difference"
+    return "helped" if np.mean(after) > np.mean(before) else "hurt"
+
+
+def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
+    """Return whether it helped, with the interval in which the difference lies with 95 % confidence."""
+    said = {"no difference": f"no difference that {len(before)} + {len(after)} seeds can show"}
+    interval = stats.ttest_ind(after, before).confidence_interval(0.95)
+    found = verdict(before, after)
+    return f"{said.get(found, f'it {found}')} (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, Student's t)"
+
+
+def compare(runs: Sequence[Run]) -> None:
+    """Print the table, and for each setting its repetitions and its difference to the first one."""
+    print(table(runs))
+    for run in runs[1:]:
+        if changed := sorted(name for name, text in run.modules.items() if runs[0].modules.get(name) != text):
+            print(f"The code of {run.name} differs from that of {runs[0].name}: {', '.join(changed)}")
+    settings: dict[tuple, dict[int, Run]] = {}  # of each, its runs by seed
+    for run in runs:
+        if run.finished:
+            settings.setdefault(run.setting, {})[run.config["seed"]] = run
+    groups = [list(group.values()) for group in settings.values()]
+    for number, group in enumerate(groups, start=1):
+        accuracies = [run.rows[-1]["valid_accuracy"] for run in group]
+        spread = f" ({min(accuracies):.2f} to {max(accuracies):.2f}, {len(group)} seeds)" if len(group) > 1 else ""
+        names = ", ".join(run.name for run in group)
+        print(f"\nSetting {number}: {names}\n  valid acc {np.mean(accuracies):.2f} %{spread}")
+        if number == 1:
+            first = group
+        elif any(run.images != first[0].images for run in [*first, *group]):
+            print("  not compared: its validation images are others")
+        else:
+            before, after = (np.mean([run.right for run in each], axis=0) for each in (first, group))
+            error = f"± {image_error(before, after):.2f} (standard error of the {len(before):,} images)"
+            print(f"  {100 * (after.mean() - before.mean()):+.2f} points to setting 1, {error}")
+            if min(len(first), len(group)) == 1:
+                print(f"  {one_run_each(first[0].right, group[0].right)}")
+            else:
+                print(f"  {several_runs_each([100 * run.right.mean() for run in first], accuracies)}")
+
+
+def plot_runs(runs: Sequence[Run]) -> Figure:
+    """Return the curves of all runs over each other, one colour for each setting; training is dashed."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    settings = list(dict.fromkeys(run.setting for run in runs))
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for run in runs:
+            epochs, color = [row["epoch"] for row in run.rows], f"C{settings.index(run.setting) % 10}"
+            for part, style in (("train", "--"), ("valid", "-")):
+                values = [row[f"{part}_{name}"] for row in run.rows]
+                label = run.name if part == "valid" and name == "accuracy" else None
+                axes.plot(epochs, values, style, color=color, label=label, alpha=0.8, marker="." * (len(epochs) < 2))
+        axes.set(title=f"{name.capitalize()} (dashed: training)", xlabel="Epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare the runs that the command line names."""
+    parser = argparse.ArgumentParser(
+        "python -m tools.compare", description="Compare runs, of which the first is the base."
+    )
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
+    folders = parser.parse_args(argv).runs
+    if not folders:
+        lasts = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
+        folders = [path.parent for path in lasts]
+    runs = [run for run in map(read_run, folders) if run]
+    if not runs:
+        raise UsageError("there is no run with a finished epoch to compare: name their folders")
+    compare(runs)
+    path = folders[0].parent / "compare.png"
+    try:
+        plot_runs(runs).savefig(path, dpi=100)
+        print(f"\nThe curves are in {path}")
+    except Exception as error:
+        print(f"warning: the curves cannot be drawn ({error})", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    in_one_line("tools.compare", main)
