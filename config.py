@@ -11,6 +11,8 @@ class Config:
 
     dataset: Literal["cifar10", "cifar100", "folder", "shapes"] = "cifar10"  # shapes are drawn, not downloaded
     data_dir: str = "data"  # of the downloads; for `folder`, what holds train/CLASS/* and test/CLASS/*
+    image_size: int = 32  # side in pixels, of `folder`; the other datasets have 32
+    train_images: int = 0  # how many of the training images to train on, of each class alike; 0: all
     valid_split: float = 0.0  # fraction of the training images to validate on; 0: the test images
     num_workers: int = -1  # processes that augment; -1: as many as pay off
     batch_size: int = 128  # images per step
@@ -33,6 +35,7 @@ class Config:
     nesterov: bool = True  # SGD looks ahead by one momentum step
     label_smoothing: float = 0.1  # fraction of each label that is spread over all classes
     dropout: float = 0.0  # probability of zeroing a channel
+    weights: str = ""  # checkpoint whose weights the run begins with; empty: random ones
 
     seed: int = 0  # of all that is random: weights, order, augmentation, dropout
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
@@ -51,14 +54,13 @@ class UsageError(ValueError):
 
 # What the numbers and the paths must be.
 RULES = (
-    ("above 0", lambda value: 0 < value < math.inf, ["batch_size", "epochs", "learning_rate", "hole_size"]),
-    ("0 or more", lambda value: 0 <= value < math.inf, ["rotate_limit", "weight_decay", "sgd_weight_decay", "seed"]),
-    ("at least 0 and below 1", lambda value: 0 <= value < 1, ["valid_split", "scale_limit", "momentum", "dropout"]),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ["flip_probability", "shift_scale_rotate_probability"]),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ["coarse_dropout_probability", "shift_limit", "label_smoothing"]),
-    ("at most 32, the image's side", lambda value: value <= 32, ["hole_size"]),
-    ("-1 or more", lambda value: value >= -1, ["num_workers"]),
-    ("a folder on this machine, not a URL", lambda value: "://" not in value, ["data_dir", "run_dir"]),
+    ("above 0", lambda value: 0 < value < math.inf, "batch_size epochs learning_rate hole_size image_size"),
+    ("0 or more", lambda value: 0 <= value < math.inf, "rotate_limit weight_decay sgd_weight_decay seed train_images"),
+    ("at least 0 and below 1", lambda value: 0 <= value < 1, "valid_split scale_limit momentum dropout"),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "flip_probability shift_scale_rotate_probability"),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, "coarse_dropout_probability shift_limit label_smoothing"),
+    ("-1 or more", lambda value: value >= -1, "num_workers"),
+    ("a path on this machine, not a URL", lambda value: "://" not in value, "data_dir run_dir weights"),
 )
 
 
@@ -74,8 +76,12 @@ def check(config: Config) -> None:
         elif type(value) is not kind and (type(value), kind) != (int, float):  # an int will do for a float
             raise UsageError(f"{name} must be of type {kind.__name__}, not {value!r}")
     for allowed, holds, names in RULES:
-        for name in names:
+        for name in names.split():
             if not holds(getattr(config, name)):
                 raise UsageError(f"{name} must be {allowed}, not {getattr(config, name)!r}")
+    if config.hole_size > config.image_size:
+        raise UsageError(f"hole_size must be at most {config.image_size}, the image's side, not {config.hole_size}")
+    if config.image_size != 32 and config.dataset != "folder":
+        raise UsageError(f"image_size must be 32 for {config.dataset}: another is for --dataset folder")
     if config.nesterov and config.momentum == 0:
         raise UsageError("nesterov needs a momentum above 0: give --nesterov false too")

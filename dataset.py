@@ -41,6 +41,11 @@ class ImageDataset(Dataset):
         augmentation: RepeatableCompose | None = None,
         seed: int = 0,
     ):
+        if images.shape[3:] != (3,) or images.dtype != np.uint8 or len(images) != len(labels):
+            given = f"{images.shape} {images.dtype} with {len(labels)} labels"
+            raise UsageError(f"images must be (N, H, W, 3) uint8, RGB, with N labels; not {given}")
+        if not isinstance(augmentation, RepeatableCompose | None):
+            raise UsageError("augmentation must be a RepeatableCompose([...]), as make_augmentation returns")
         # Tensors: workers that are not forked share their memory, where each would get a copy of an array.
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
         self.class_names, self.mean, self.std = list(class_names), tuple(mean), tuple(std)
@@ -58,7 +63,7 @@ class ImageDataset(Dataset):
         if isinstance(index, tuple):
             return self.batch(*index)
         if isinstance(index, list | np.ndarray):
-            return self.batch(self.epoch, index)
+            return self.batch(self.epoch, [range(len(self))[i] for i in index])
         images, labels = self.batch(self.epoch, [range(len(self))[index]])  # its IndexError ends a loop
         return images[0], labels.item()
 
@@ -74,7 +79,8 @@ class ImageDataset(Dataset):
                 self.augmentation.set_key(self.seed, epoch, int(index))
                 image = self.augmentation(image=images[place])["image"]
                 if image.dtype != np.uint8 or image.shape != images[place].shape:
-                    raise UsageError(f"augmentation must keep (32, 32, 3) uint8, not make {image.shape} {image.dtype}")
+                    made = f"{image.shape} {image.dtype}"
+                    raise UsageError(f"augmentation must keep {images[place].shape} uint8, not make {made}")
                 images[place] = image
         return images
 
@@ -82,7 +88,8 @@ class ImageDataset(Dataset):
 def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompose:
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
-    Add any transform of albumentations that keeps the image (32, 32, 3) uint8. Shifts are cut to whole pixels.
+    Add any transform of albumentations that keeps the image's shape and uint8. One of your own must draw its numbers
+    from self.py_random or self.random_generator: those of `random` and `np.random` do not follow from the seed here.
     The hole is Cutout: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     mean_color = tuple(round(255 * channel) for channel in mean)
@@ -110,8 +117,8 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     """Return which images are held out, (N,) bool: `fraction` of each class, drawn at random, but always the same ones.
 
-    Runs of several seeds are judged on the same images so. Raises UsageError if a class would have no image on one
-    of the two sides.
+    So runs of several seeds are judged on the same images. Raises UsageError if a class would have no image on one of
+    the two sides.
     """
     rng = np.random.default_rng(0)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -119,7 +126,8 @@ def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
         members = rng.permutation(np.flatnonzero(labels == label))
         count = round(fraction * len(members))
         if not 0 < count < len(members):
-            raise UsageError(f"valid_split {fraction} leaves a class of {len(members)} images with none on one side")
+            images = f"a class of {len(members)} images with none on one side"
+            raise UsageError(f"the fraction {fraction:.3g} leaves {images}: change valid_split or train_images")
         held_out[members[:count]] = True
     return held_out
 
@@ -132,16 +140,25 @@ class Datasets(NamedTuple):
     test: ImageDataset
 
 
-def load_datasets(config: Config) -> Datasets:
-    """Load the config's images, split them, and set up their pipelines. Raises UsageError if that fails."""
-    train, test, class_names = load_source(config.dataset, config.data_dir)
+def load_datasets(config: Config, mean: Sequence[float] = (), std: Sequence[float] = ()) -> Datasets:
+    """Load the config's images, split them, and set up their pipelines. Raises UsageError if that fails.
+
+    mean, std: of each channel, for pixels of 0..1; if not given, those of the training images.
+    """
+    train, test, class_names = load_source(config.dataset, config.data_dir, config.image_size)
     if len(class_names) < 2:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     valid = test
     if config.valid_split > 0:
         held_out = hold_out(train[1], config.valid_split)
         train, valid = ([array[chosen] for array in train] for chosen in (~held_out, held_out))
-    mean, std = channel_statistics(train[0])
+    if config.train_images > len(train[1]):
+        raise UsageError(f"train_images must be at most {len(train[1]):,}, all there are, not {config.train_images:,}")
+    if 0 < config.train_images < len(train[1]):
+        chosen = hold_out(train[1], config.train_images / len(train[1]))
+        train = [array[chosen] for array in train]
+    if not mean:
+        mean, std = channel_statistics(train[0])
     common = {"class_names": class_names, "mean": mean, "std": std}
     return Datasets(
         ImageDataset(*train, **common, augmentation=make_augmentation(config, mean), seed=config.seed),

@@ -102,8 +102,8 @@ class Block(nn.Sequential):
 class Net(nn.Module):
     """The blocks of the table, average pooling over what is left of the image, a linear classifier.
 
-    Input (N, 3, image_size, image_size), normalized; output (N, num_classes) float32 log-probabilities, for
-    F.nll_loss, or for F.cross_entropy, which is equal to it on log-probabilities.
+    Input (N, 3, image_size, image_size), normalized; larger images, or much smaller ones, fail here or at the loss.
+    Output (N, num_classes) float32 log-probabilities, for F.nll_loss or F.cross_entropy, which are equal on them.
 
     blocks: the table; base_channels: the first block's in the default table; the others' are its multiples.
     dropout: probability that Dropout2d zeroes a channel.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 
@@ -14,7 +15,7 @@ from dataset import load_datasets, make_loader
 from model import Net, print_summary
 from parts.distributed import share_statistics, share_training
 from parts.muon import Muon
-from parts.run import Run
+from parts.run import Run, arguments_of, load_origin
 from parts.speed import faster_step, keep_freed_memory
 from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, seed_torch, set_numerics, with_progress
 
@@ -101,12 +102,12 @@ def train_one_epoch(
     step: Callable = train_step,
     description: str = "Training",
 ) -> dict[str, float]:
-    """Take a step for each batch; return {"loss", "accuracy" in percent, "seconds", "images_per_second"}.
+    """Take a step for each batch; return {"loss", "accuracy" in percent, "seconds", "images_per_second", "waited"}.
 
     factors: each step's fraction of the optimizers' initial learning rates; if not given, the rates stay as they are.
     step: train_step, or what takes the same step in less time or with other options.
-    Loss and accuracy are averages over the images, augmented, each before its step. Raises FloatingPointError for a
-    loss that is not finite.
+    Loss and accuracy are averages over the images, augmented, each before its step; waited is the fraction of the time
+    that went into waiting for images. Raises FloatingPointError for a loss that is not finite.
     """
     net.train()
     meter = Meter(description, len(loader), next(net.parameters()).device)
@@ -124,16 +125,15 @@ def train_one_epoch(
 def validate(
     net: nn.Module, loader: Iterable, dtype: torch.dtype = torch.float32, description: str = "Validation"
 ) -> dict[str, float]:
-    """Return the same four numbers as train_one_epoch, of the network in evaluation mode.
-
-    Raises FloatingPointError for a loss that is not finite.
+    """Return the same numbers as train_one_epoch, of the network in evaluation mode, and "right", (N,) uint8: whether
+    each image's likeliest class was right. Raises FloatingPointError for a loss that is not finite.
     """
     net.eval()
     meter = Meter(description, len(loader), next(net.parameters()).device)
     for images, labels in with_progress(loader, meter):  # on the device
         outputs = forward(net, images, dtype)
         meter.update(F.cross_entropy(outputs, labels), outputs, labels)
-    return meter.average()
+    return {**meter.average(), "right": meter.right_of_all()}
 
 
 def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dict) -> dict:
@@ -143,7 +143,10 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
     print(f"\nEpoch {epoch}/{config.epochs} Summary:")
     print(f"Train Loss: {train['loss']:.4f}, Train Acc: {train['accuracy']:.4f}")
     print(f"Valid Loss: {valid['loss']:.4f}, Valid Acc: {valid['accuracy']:.4f}")
-    print(f"Time: {seconds:.1f} s, {train['images_per_second']:,.0f} images/s in training, {left} left", flush=True)
+    waited = f"{100 * train['waited']:.0f} % waiting for images"
+    if train["waited"] > 1 / 3 and config.num_workers < (os.cpu_count() or 1) - 1:
+        waited += ": more --num-workers help"
+    print(f"Time: {seconds:.1f} s, {train['images_per_second']:,.0f} images/s ({waited}), {left} left", flush=True)
     return {
         "epoch": epoch,
         "learning_rate": factor * config.learning_rate,
@@ -156,8 +159,8 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
     }
 
 
-def main(config: Config, resume: bool = False) -> None:
-    """Train as the config says; leave the results in config.run_dir, or continue the run that is there."""
+def main(config: Config, resume: bool = False, net: Callable | None = None) -> None:
+    """Train as the config says. resume: continue the run in config.run_dir. net: makes another network than Net."""
     check(config)
     asked, config = config, resolve(config)  # device, precision, workers are facts from here on
     device, dtype, (rank, world_size) = torch.device(config.device), DTYPES[config.precision], rank_and_size()
@@ -167,19 +170,22 @@ def main(config: Config, resume: bool = False) -> None:
     set_numerics(config.deterministic)
     seed_torch(config.seed)
 
-    data = load_datasets(config)
+    origin = load_origin(config, resume)  # the checkpoint whose weights the run begins with, if any
+    data = load_datasets(config, origin.get("mean"), origin.get("std"))
     batches = functools.partial(make_loader, batch_size=config.batch_size, rank=rank, world_size=world_size)
     loader = batches(data.train, shuffle=True, num_workers=config.num_workers)
     valid_loader = batches(data.valid)  # not augmented: workers would gain nothing
+    if len(loader) == 1:
+        print("An epoch is one step: a smaller --batch-size learns faster.")
 
-    net = Net(num_classes=len(data.train.class_names), dropout=config.dropout)
-    print_summary(net.to(device, memory_format=torch.channels_last))
+    net = (net or Net)(**arguments_of(config, data.train.class_names, origin))
+    print_summary(net.to(device, memory_format=torch.channels_last), config.image_size)
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")
     step = functools.partial(train_step, dtype=dtype, scaler=scaler, label_smoothing=config.label_smoothing)
     step = faster_step(step, net, config) if config.compile else step
 
-    run = Run(asked, config, data, net)
+    run = Run(asked, config, data, net, origin)
     shared = share_training(net, config.batch_size)  # net itself, but for several processes
     history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run
     for epoch in range(len(history) + 1, config.epochs + 1):
@@ -191,7 +197,7 @@ def main(config: Config, resume: bool = False) -> None:
         share_statistics(net)
         valid = validate(net, valid_loader, dtype, f"{name} - Validation")
         history.append(summarize(config, epoch, factors[-1], train, valid))
-        run.save(history, net, optimizers, scaler)
+        run.save(history, net, optimizers, scaler, valid["right"])
     best = max(history, key=lambda row: row["valid_accuracy"])  # the first of equals
     print(f"\nBest Valid Acc: {best['valid_accuracy']:.4f} (epoch {best['epoch']}). Results are in {config.run_dir}.")
     if config.valid_split > 0:  # chosen on held-out images: now the test images, once

@@ -104,7 +104,7 @@ def set_numerics(deterministic: bool) -> None:
 
     deterministic: allow only operations that give the same bits every time; those of the CPU always do.
     """
-    torch.backends.cudnn.conv.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = not deterministic  # try cuDNN's algorithms, and keep the fastest
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it, before its first use
@@ -135,13 +135,21 @@ class Meter:
         self.losses = torch.zeros(steps, device=device)  # sum of each batch
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)  # of images
-        self.step, self.begun = 0, time.monotonic()
+        self.right = [torch.zeros(0, dtype=torch.bool, device=device)]  # for each batch, whether an image was right
+        self.step, self.begun, self.waited = 0, time.monotonic(), 0.0  # waited: seconds, for images
 
     def update(self, loss: torch.Tensor, outputs: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: the mean of its losses, outputs (N, num_classes), labels (N,)."""
+        """Add a batch: the mean of its losses, outputs (N, num_classes), labels (N,).
+
+        Raises UsageError if the first outputs are probabilities: a network learns badly from them, without a word.
+        """
+        if self.step == 0 and outputs.min() >= 0 and (outputs.sum(dim=1) - 1).abs().max() < 1e-3:
+            raise UsageError("the network returns probabilities: return their logarithms, or logits (no softmax)")
+        right = outputs.argmax(dim=1) == labels
         self.losses[self.step] = loss.detach() * len(labels)
-        self.correct += (outputs.argmax(dim=1) == labels).sum()
+        self.correct += right.sum()
         self.count += len(labels)
+        self.right.append(right)
         self.step += 1
 
     def local_average(self) -> dict[str, float]:
@@ -155,12 +163,22 @@ class Meter:
         return {"loss": losses.sum().item() / count, "accuracy": 100 * self.correct.item() / count}
 
     def average(self) -> dict[str, float]:
-        """Sum over all processes (call it once); return the same in all, with "seconds" and "images_per_second"."""
+        """Sum over all processes (call it once); return also "seconds", "images_per_second", "waited" (a fraction)."""
         if dist.is_initialized():
             for part in (self.losses, self.correct, self.count):
                 dist.all_reduce(part)
         average, seconds = self.local_average(), time.monotonic() - self.begun
-        return {**average, "seconds": seconds, "images_per_second": self.count.item() / seconds}
+        rate = self.count.item() / seconds
+        return {**average, "seconds": seconds, "images_per_second": rate, "waited": self.waited / seconds}
+
+    def right_of_all(self) -> torch.Tensor:
+        """Return for each image of all processes whether it was right, (N,) uint8; call it after `average`."""
+        rank, size = rank_and_size()
+        right = torch.zeros(self.count.item(), dtype=torch.uint8, device=self.device)
+        right[rank::size] = torch.cat(self.right).to(torch.uint8)
+        if size > 1:
+            dist.all_reduce(right)
+        return right.cpu()
 
 
 def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -170,17 +188,21 @@ def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor
     this process's alone: each process looks at a time of its own, so none can wait there for another.
     """
     shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} {remaining}{postfix}"  # fits 80 columns
     non_blocking = meter.device.type == "cuda"  # elsewhere the memory may be given back before it is copied
-    with tqdm(total=len(meter.losses), desc=meter.description, disable=not shown, dynamic_ncols=True) as bar:
-        looked = time.monotonic()
+    steps = len(meter.losses)
+    with tqdm(total=steps, desc=meter.description, disable=not shown, dynamic_ncols=True, bar_format=form) as bar:
+        looked = waiting = time.monotonic()
         for step, (images, labels) in enumerate(loader, start=1):
+            meter.waited += time.monotonic() - waiting
             images = images.to(meter.device, memory_format=torch.channels_last, non_blocking=non_blocking)
             yield images, labels.to(meter.device, non_blocking=non_blocking)
             bar.update()
-            if time.monotonic() - looked > 0.25 or step == len(meter.losses):
+            if time.monotonic() - looked > 0.25 or step == steps:
                 average = meter.local_average()
-                bar.set_postfix(accuracy=f"{average['accuracy']:.3f}", loss=f"{average['loss']:.4f}")
+                bar.set_postfix_str(f"loss {average['loss']:.4f}, acc {average['accuracy']:.2f}")
                 looked = time.monotonic()
+            waiting = time.monotonic()
 
 
 def save_checkpoint(path: str | Path, checkpoint: dict) -> None:

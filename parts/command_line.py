@@ -81,7 +81,7 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     2: a mistake of the user's; 1: an error of the system, or a loss that is not finite; 128 and the signal's number;
     anything else: Python's traceback, the line, and 1. progress(resumable): what is saved, for the end of the line.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding
     for number in STOPS:
         signal.signal(number, stop)
@@ -89,7 +89,8 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     try:
         return function()
     except (UsageError, OSError) as error:
-        reason = str(error).strip().splitlines()[-1]  # what a worker raised has the worker's traceback in front of it
+        # What a worker raised has the worker's traceback in front of it.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         code, message = (2, "error") if isinstance(error, UsageError) else (1, "stopped")
         message += f": {reason.removeprefix('config.UsageError: ')}"
     except FloatingPointError as error:  # a loss that is not finite

@@ -2,19 +2,25 @@
 
 import csv
 import hashlib
+import importlib.metadata
+import itertools
 import json
+import platform
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import cv2
 import torch
 from torch import nn
 
 from config import Config, UsageError
 from parts.distributed import of_first
-from utils import load_checkpoint, rank_and_size, save_checkpoint
+from utils import device_name, load_checkpoint, rank_and_size, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
 # What may change when a run is continued; epochs too, where the schedule does not depend on them.
@@ -27,10 +33,10 @@ class Run:
     last.pt is the only truth: what resumes reads nothing else, and the other files follow from it.
     """
 
-    def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module):
-        """Note what the run is made of. asked: the settings as they were given; config: as they became."""
-        self.folder, (self.rank, processes), train = Path(config.run_dir), rank_and_size(), data[0]
-        made_with = {"num_classes": len(train.class_names), "dropout": config.dropout}  # a network of one's own
+    def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module, origin: dict):
+        """Note what the run is made of: asked, its settings as they were given; config, as they became; origin."""
+        self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
+        self.rank, processes = rank_and_size()
         # The same in all checkpoints of the run. No run_dir: the folder can be moved.
         self.facts = {
             "config": {**asdict(asked), "precision": config.precision},
@@ -38,10 +44,12 @@ class Run:
             "mean": train.mean,
             "std": train.std,
             "images": [sha256(dataset) for dataset in data],
+            "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],
             "network": [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
             + [f"{name} {list(tensor.shape)}" for name, tensor in net.state_dict().items()],
-            "arguments": getattr(net, "arguments", made_with),  # of Net: whoever loads the checkpoint makes it again
+            "arguments": getattr(net, "arguments", None) or arguments_of(config, train.class_names, origin),
+            "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume
             "processes": processes,
         }
         del self.facts["config"]["run_dir"]
@@ -56,6 +64,8 @@ class Run:
         if not resume:
             if self.rank == 0 and ((checkpoint and checkpoint["epoch"]) or best.exists()):
                 raise UsageError(f"run_dir {self.folder} holds a run: --resume continues it, --run-dir names another")
+            if self.origin:
+                self._begin_with_weights(net)
             self.save([], net, optimizers, scaler)
             return []
         checkpoint = of_first(checkpoint)
@@ -66,14 +76,22 @@ class Run:
         if checkpoint["scaler"]:  # empty but for float16
             scaler.load_state_dict(checkpoint["scaler"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
+        (now,), makers = self.facts["made_by"], checkpoint["made_by"]
+        if changed := [name for name, text in now["modules"].items() if makers[-1]["modules"].get(name) != text]:
+            print(f"Note: changed since this run was begun or last continued: {', '.join(changed)}")
+        self.facts["made_by"] = [*makers, now]
         if self.rank == 0:
+            save_checkpoint(last, checkpoint | self.facts)  # what may change has changed from here on
             self._follow(checkpoint | self.facts)
             if self.facts["config"]["valid_split"] > 0 and checkpoint["metrics"]:
                 load_checkpoint(best)  # it is tested at the run's end: if it is gone, now is the time to say so
         return checkpoint["metrics"]
 
-    def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler) -> None:
-        """Write the files of a finished epoch. It counts as saved once it is in last.pt; the others follow from it."""
+    def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler, right: torch.Tensor | None = None) -> None:
+        """Write the files of a finished epoch, with which validation images were right.
+
+        It counts as saved once it is in last.pt; the others follow from it.
+        """
         if self.rank > 0:
             return
         checkpoint = self.facts | {
@@ -82,6 +100,7 @@ class Run:
             "model": {name: tensor.contiguous() for name, tensor in net.state_dict().items()},  # as safetensors wants
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "scaler": scaler.state_dict(),
+            "right": right,
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         save_checkpoint(self.folder / LAST, checkpoint)
@@ -90,6 +109,17 @@ class Run:
     def best_weights(self) -> dict:
         """Return the weights of the epoch with the best validation accuracy."""
         return of_first(load_checkpoint(self.folder / BEST)["model"] if self.rank == 0 else None)
+
+    def _begin_with_weights(self, net: nn.Module) -> None:
+        """Load the weights of the origin, without the last layer's if its classes are others."""
+        weights, last = self.origin["model"], list(self.origin["model"])[-1].rpartition(".")[0]
+        if self.origin["class_names"] != self.facts["class_names"]:
+            print(f"The class names differ from those of the weights: {last} begins anew")
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{last}.")}
+        try:
+            net.load_state_dict(net.state_dict() | weights)
+        except RuntimeError as error:
+            raise UsageError(f"the weights are of another network ({str(error).splitlines()[-1].strip()})") from None
 
     def _follow(self, checkpoint: dict) -> None:
         """Bring the other files up to last.pt, after an epoch or after a kill that came in between."""
@@ -103,16 +133,55 @@ class Run:
 
     def _compare(self, checkpoint: dict) -> None:
         """Raise UsageError if the run cannot be continued as it is; say so if it has another number of processes."""
-        made_of = ("class_names", "images", "augmentation", "network")
+        made_of = ("class_names", "images", "augmentation", "network")  # in the order in which one follows from another
         before, now = (facts["config"] | {name: facts[name] for name in made_of} for facts in (checkpoint, self.facts))
-        for name in sorted(now.keys() - CHANGEABLE):
-            if before[name] != now[name] and (name != "epochs" or now["schedule"] in ("onecycle", "cosine")):
-                was, became = f"{before[name]!r:.300}", f"{now[name]!r:.300}"
-                raise UsageError(f"{name} cannot change: this run began with {was}, not {became}")
+        for name in (name for name in now if name not in CHANGEABLE):
+            was, became = before[name], now[name]
+            if was != became and (name != "epochs" or now["schedule"] in ("onecycle", "cosine")):
+                if isinstance(was, list):  # the first difference
+                    was, became = next(pair for pair in itertools.zip_longest(was, became) if pair[0] != pair[1])
+                raise UsageError(f"{name} cannot change: this run began with {was!r}, not {became!r}")
         if now["epochs"] < checkpoint["epoch"]:
             raise UsageError(f"epochs cannot become {now['epochs']}: {checkpoint['epoch']} are done already")
         if self.facts["processes"] != checkpoint["processes"]:
             print(f"Note: not bit for bit the undisturbed run, which had {checkpoint['processes']} processes")
+
+
+def load_origin(config: Config, resume: bool) -> dict:
+    """Return the checkpoint that config.weights names, with its file's SHA-256, or an empty dict if it names none.
+
+    A resumed run has all that it needs of it in last.pt. Raises UsageError.
+    """
+    path = Path(config.run_dir, LAST) if resume else Path(config.weights).expanduser()
+    checkpoint = load_checkpoint(path) if config.weights else {}
+    return (
+        checkpoint
+        if resume or not checkpoint
+        else checkpoint | {"weights": hashlib.sha256(path.read_bytes()).hexdigest()}
+    )
+
+
+def arguments_of(config: Config, class_names: Sequence[str], origin: dict) -> dict:
+    """Return what to make the network with: num_classes, dropout; image_size and the origin's table if they matter."""
+    arguments = origin.get("arguments", {}) | {"num_classes": len(class_names), "dropout": config.dropout}
+    other = config.image_size != arguments.get("image_size", 32)
+    return arguments | ({"image_size": config.image_size} if other else {})
+
+
+def what_makes(device: str) -> dict:
+    """Return what makes a run here and now: its modules' text, git's commit, versions, device, command line."""
+    root = Path(__file__).parent.parent
+    files = [*sorted(root.glob("*.py")), *sorted(root.glob("parts/*.py"))]
+    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse HEAD")
+    names = ("torch", "albumentations")
+    return {
+        "modules": {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in files},
+        "commit": "" if status else commit,
+        "versions": {"Python": platform.python_version(), "OpenCV": cv2.__version__}
+        | {name: importlib.metadata.version(name) for name in names},
+        "device": device_name(torch.device(device)),
+        "command": shlex.join(sys.argv),
+    }
 
 
 def sha256(dataset) -> str:
@@ -145,7 +214,7 @@ def describe_progress(run_dir: str, launcher: str, resumable: bool) -> str:
     """Return what is saved of a run that ended early and, if it makes sense, the command that continues it."""
     try:
         checkpoint = load_checkpoint(Path(run_dir, LAST))
-    except UsageError:
-        return f"nothing is saved in {run_dir}"
+    except UsageError as error:
+        return f"nothing is saved ({error})"
     saved = f"epoch {checkpoint['epoch']} of {checkpoint['config']['epochs']} is saved in {run_dir}"
     return f"{saved}; to continue: {launcher} train.py --resume {shlex.quote(run_dir)}" if resumable else saved

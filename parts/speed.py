@@ -21,6 +21,7 @@ def faster_step(step: Callable, net: nn.Module, config: Config) -> Callable:
         raise UsageError("compile is not for several processes, and not for float16: give --compile false")
     if next(net.parameters()).device.type == "cuda":
         return RecordedStep(step)
+    print("The first steps compile the network: that can take minutes.", flush=True)
     net.compile(dynamic=False)
     return step
 

@@ -76,10 +76,10 @@ def test_help_needs_no_source_files(tmp_path):
         ("--config settings.json", "epocs"),
         ("--learning-rate nan", "learning_rate must be above 0, not nan"),
         ("--momentum 0", "--nesterov false"),
-        ("--run-dir s3://runs/x", "run_dir must be a folder on this machine"),
+        ("--run-dir s3://runs/x", "run_dir must be a path on this machine"),
         ("--device cud", "device 'cud'"),
         ("--device cpu --precision float16", "float16 needs a CUDA device"),
-        ("--dataset shapes --valid-split 0.001", "valid_split 0.001"),
+        ("--dataset shapes --valid-split 0.001", "change valid_split"),
     ],
 )
 def test_mistake_is_told_in_one_line_and_nothing_is_written(cli, capsys, tmp_path, line, word):

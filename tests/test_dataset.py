@@ -178,7 +178,7 @@ def test_channel_without_any_variation_can_be_divided_by_its_deviation():
 
 
 def test_class_that_would_have_no_image_on_one_side_or_no_other_beside_it_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"valid_split 0.9 leaves a class of 4 images with none on one side"):
+    with pytest.raises(UsageError, match=r"0.9 leaves a class of 4 images with none on one side: change valid_split"):
         hold_out(np.repeat([0, 1], [50, 4]), 0.9)
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
@@ -203,3 +203,21 @@ def test_held_out_images_are_not_trained_on_and_the_same_ones_whatever_the_seed(
     (train, held_out, _), (_, others, _) = (load_datasets(replace(settings, seed=seed)) for seed in (0, 1))
     assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) == 1200
     assert torch.equal(held_out.images, others.images)
+
+
+def test_part_of_the_training_images_is_of_each_class_alike_and_the_same_for_every_seed():
+    some, same = (load_datasets(replace(config, dataset="shapes", train_images=200, seed=seed)) for seed in (0, 1))
+    assert np.bincount(some.train.labels).tolist() == [20] * 10
+    assert equal(some.train.images, same.train.images)
+    assert len(some.test) == 300
+    with pytest.raises(UsageError, match="train_images must be at most 1,200"):
+        load_datasets(replace(config, dataset="shapes", train_images=1201))
+
+
+def test_images_labels_and_augmentations_that_are_none_are_refused_in_one_line():
+    images, labels = np.zeros((4, 32, 32, 3), dtype=np.uint8), np.arange(4)
+    for wrong in (images / 255, images.transpose(0, 3, 1, 2), images[:3]):
+        with pytest.raises(UsageError, match=r"images must be \(N, H, W, 3\) uint8, RGB, with N labels; not .+"):
+            ImageDataset(wrong, labels, "abcd", MEAN, STD)
+    with pytest.raises(UsageError, match="augmentation must be a RepeatableCompose"):
+        ImageDataset(images, labels, "abcd", MEAN, STD, A.Compose([A.HorizontalFlip()]))

