@@ -9,7 +9,7 @@ from tests.conftest import ROOT
 def test_readmes_python_runs_as_it_stands_beside_the_code_and_writes_nothing(tmp_path):
     root = shutil.copytree(ROOT, tmp_path / "root", ignore=shutil.ignore_patterns(".*", "runs", "data", "__pycache__"))
     before = sorted(root.rglob("*"))
-    (code,) = re.findall(r"```python\n(.+?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=root, capture_output=True, text=True)
+    blocks = re.findall(r"```python\n(.+?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-B", "-c", "\n".join(blocks)], cwd=root, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(root.rglob("*")) == before
