@@ -16,15 +16,13 @@ from tqdm import tqdm
 from config import UsageError
 
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
+Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
 
 
-def load_source(
-    name: str, data_dir: str | Path, size: int = 32, test_only: bool = False
-) -> tuple[Split, Split, list[str]]:
+def load_source(name: str, data_dir: str | Path, size: int = 32, test_only: bool = False) -> Source:
     """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes". Raises UsageError.
 
-    size: side in pixels of a folder's images; the others have 32. test_only: a folder's training images need not be
-    there; its test images stand in for them.
+    size: side in pixels of a folder's images. test_only: its test images stand in for those to train on.
     """
     if name == "shapes":  # 1,200 to train on, 300 to test on
         rng = np.random.Generator(np.random.Philox(key=0))
@@ -32,7 +30,7 @@ def load_source(
     return load_folder(Path(data_dir), size, test_only) if name == "folder" else load_cifar(name, Path(data_dir))
 
 
-def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
+def load_cifar(name: str, data_dir: Path) -> Source:
     """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir.
 
     torchvision verifies each file's md5 before it unpickles it, and downloads damaged files again.
@@ -54,11 +52,11 @@ def load_cifar(name: str, data_dir: Path) -> tuple[Split, Split, list[str]]:
             f"{dataset.base_folder} with --data-dir, put {dataset.url} there, or try --dataset shapes"
         ) from None
     # torchvision's images are a transposed view; every later read wants them in one piece
-    train, test = ((np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts)
-    return train, test, list(parts[0].classes)
+    splits = [(np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts]
+    return *splits, list(parts[0].classes)
 
 
-def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> tuple[Split, Split, list[str]]:
+def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to size x size.
 
     The classes are the folders' names in alphabetical order, accents in Unicode's NFC; what systems leave in folders is
@@ -68,20 +66,19 @@ def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> tupl
     train = test if test_only else _class_folders(data_dir / "train")
     if others := sorted({*test} ^ {*train}):
         raise UsageError(f"{data_dir}: the class {others[0]!r} must be a folder in both train and test")
-    splits = []
-    for folders in [test] if test_only else [train, test]:
-        files = [(folders[name] / file, label) for label, name in enumerate(test) for file in _visible(folders[name])]
-        with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
-            reads = [pool.submit(read_image, file, size) for file, _ in files]
-            errors = [
-                read.exception() for read in tqdm(reads, "Reading", disable=None, leave=False, dynamic_ncols=True)
-            ]
-        if errors := [str(error) for error in errors if error]:
-            raise UsageError("; ".join(errors[:10]) + (f"; and {len(errors) - 10} more" if errors[10:] else ""))
-        splits.append(
-            (np.stack([read.result() for read in reads]), np.array([label for _, label in files], dtype=np.int64))
-        )
+    splits = [_read_classes(folders, size) for folders in ([test] if test_only else [train, test])]
     return splits[0], splits[-1], list(test)
+
+
+def _read_classes(folders: dict[str, Path], size: int) -> Split:
+    files = [(label, folder / name) for label, folder in enumerate(folders.values()) for name in _visible(folder)]
+    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
+        reads = [pool.submit(read_image, file, size) for _, file in files]
+        bar = tqdm(reads, "Reading", disable=None, leave=False, dynamic_ncols=True)
+        errors = [str(read.exception()) for read in bar if read.exception()]
+    if errors:
+        raise UsageError("; ".join(errors[:10]) + (f"; and {len(errors) - 10} more" if errors[10:] else ""))
+    return np.stack([read.result() for read in reads]), np.array([label for label, _ in files], dtype=np.int64)
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:

@@ -76,10 +76,10 @@ class Run:
         if checkpoint["scaler"]:  # empty but for float16
             scaler.load_state_dict(checkpoint["scaler"])
         print(f"Continuing after epoch {checkpoint['epoch']}")
-        (now,), makers = self.facts["made_by"], checkpoint["made_by"]
-        if changed := [name for name, text in now["modules"].items() if makers[-1]["modules"].get(name) != text]:
+        self.facts["made_by"] = [*checkpoint["made_by"], *self.facts["made_by"]]
+        before, now = (maker["modules"] for maker in self.facts["made_by"][-2:])
+        if changed := [name for name in now if now[name] != before.get(name)]:
             print(f"Note: changed since this run was begun or last continued: {', '.join(changed)}")
-        self.facts["made_by"] = [*makers, now]
         if self.rank == 0:
             save_checkpoint(last, checkpoint | self.facts)  # what may change has changed from here on
             self._follow(checkpoint | self.facts)
@@ -88,10 +88,7 @@ class Run:
         return checkpoint["metrics"]
 
     def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler, right: torch.Tensor | None = None) -> None:
-        """Write the files of a finished epoch, with which validation images were right.
-
-        It counts as saved once it is in last.pt; the others follow from it.
-        """
+        """Write the files of a finished epoch. It counts as saved once it is in last.pt; the others follow from it."""
         if self.rank > 0:
             return
         checkpoint = self.facts | {
@@ -148,37 +145,29 @@ class Run:
 
 
 def load_origin(config: Config, resume: bool) -> dict:
-    """Return the checkpoint that config.weights names, with its file's SHA-256, or an empty dict if it names none.
-
-    A resumed run has all that it needs of it in last.pt. Raises UsageError.
-    """
-    path = Path(config.run_dir, LAST) if resume else Path(config.weights).expanduser()
-    checkpoint = load_checkpoint(path) if config.weights else {}
-    return (
-        checkpoint
-        if resume or not checkpoint
-        else checkpoint | {"weights": hashlib.sha256(path.read_bytes()).hexdigest()}
-    )
+    """Return the checkpoint that config.weights names, if any, with its SHA-256; a resumed run has all in last.pt."""
+    if not config.weights or resume:
+        return load_checkpoint(Path(config.run_dir, LAST)) if config.weights else {}
+    path = Path(config.weights).expanduser()
+    return load_checkpoint(path) | {"weights": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def arguments_of(config: Config, class_names: Sequence[str], origin: dict) -> dict:
     """Return what to make the network with: num_classes, dropout; image_size and the origin's table if they matter."""
     arguments = origin.get("arguments", {}) | {"num_classes": len(class_names), "dropout": config.dropout}
-    other = config.image_size != arguments.get("image_size", 32)
-    return arguments | ({"image_size": config.image_size} if other else {})
+    return arguments if config.image_size == 32 else arguments | {"image_size": config.image_size}
 
 
 def what_makes(device: str) -> dict:
     """Return what makes a run here and now: its modules' text, git's commit, versions, device, command line."""
     root = Path(__file__).parent.parent
-    files = [*sorted(root.glob("*.py")), *sorted(root.glob("parts/*.py"))]
-    status, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse HEAD")
-    names = ("torch", "albumentations")
+    files = sorted([*root.glob("*.py"), *root.glob("parts/*.py")])
+    failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse HEAD")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "albumentations")}
     return {
         "modules": {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in files},
-        "commit": "" if status else commit,
-        "versions": {"Python": platform.python_version(), "OpenCV": cv2.__version__}
-        | {name: importlib.metadata.version(name) for name in names},
+        "commit": "" if failed else commit,
+        "versions": {"Python": platform.python_version(), "OpenCV": cv2.__version__, **versions},
         "device": device_name(torch.device(device)),
         "command": shlex.join(sys.argv),
     }
@@ -202,8 +191,6 @@ def describe(transform) -> str:
 def resumed_config(run_dir: str, given: dict) -> Config:
     """Return the settings of the run in run_dir, changed by those given now. Raises UsageError if it holds none."""
     path = Path(run_dir, LAST)
-    if not path.exists():
-        raise UsageError(f"{run_dir} holds no run: there is no {LAST}")
     settings = load_checkpoint(path)["config"] | {"run_dir": run_dir}
     if others := settings.keys() ^ {field.name for field in fields(Config)}:
         raise UsageError(f"{path} is of another version of config.py: the setting {min(others)} differs")

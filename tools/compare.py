@@ -19,8 +19,7 @@ from parts.command_line import in_one_line
 from parts.run import LAST
 from utils import load_checkpoint
 
-# What does not make another setting of a run: the first is its repetition, the others where it ran.
-NOT_COMPARED = {"seed", "data_dir", "num_workers", "device"}
+NOT_COMPARED = {"seed", "data_dir", "num_workers", "device"}  # runs that differ in these are of one setting
 
 
 class Run(NamedTuple):
@@ -35,15 +34,9 @@ class Run(NamedTuple):
     modules: dict[str, str]  # file -> its text
 
     @property
-    def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return len(self.rows) == self.config["epochs"]
-
-    @property
-    def setting(self) -> tuple:
+    def setting(self) -> str:
         """What runs of one setting have in common."""
-        compared = {name: value for name, value in self.config.items() if name not in NOT_COMPARED}
-        return repr(compared), repr(self.network)
+        return repr([{name: value for name, value in self.config.items() if name not in NOT_COMPARED}, self.network])
 
 
 def read_run(folder: Path) -> Run | None:
@@ -65,7 +58,7 @@ def table(runs: Sequence[Run]) -> str:
     columns = ["train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
     lines = [["run", *differing, "epochs", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
     for run in runs:
-        done = f"{len(run.rows)}" if run.finished else f"{len(run.rows)} of {run.config['epochs']}"
+        done = f"{len(run.rows)} of {run.config['epochs']}"
         numbers = [f"{run.rows[-1][column]:.{2 if 'accuracy' in column else 4}f}" for column in columns]
         seconds = sum(row["seconds"] for row in run.rows) / len(run.rows)
         lines.append([run.name, *(str(run.config.get(name)) for name in differing), done, *numbers, f"{seconds:.1f}"])
@@ -85,12 +78,11 @@ def image_error(before: np.ndarray, after: np.ndarray) -> float:
 
 def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
     """Return which of two networks is better on the same images, by the exact test of McNemar's counts."""
-    only_before, only_after = int((before > after).sum()), int((after > before).sum())
-    discordant = only_before + only_after
-    chance = stats.binomtest(only_after, discordant).pvalue if discordant else 1.0
-    better = "this network is" if only_after > only_before else "the first network is"
-    said = f"{better} better on these images" if chance < 0.05 else "neither network is better on these images"
-    return f"{said} (p = {chance:.2g}). One run each: a seed alone can do this; repeat with --seed 1"
+    losses, wins = int((before > after).sum()), int((after > before).sum())
+    chance = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    better = "neither" if chance >= 0.05 else "this" if wins > losses else "the first"
+    said = f"{better} network is better on these images (p = {chance:.2g})"
+    return f"{said}. One run each: a seed alone can do this; repeat with --seed 1"
 
 
 def verdict(before: Sequence[float], after: Sequence[float]) -> str:
@@ -107,10 +99,9 @@ def verdict(before: Sequence[float], after: Sequence[float]) -> str:
 
 def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
     """Return whether it helped, with the interval in which the difference lies with 95 % confidence."""
-    said = {"no difference": f"no difference that {len(before)} + {len(after)} seeds can show"}
-    interval = stats.ttest_ind(after, before).confidence_interval(0.95)
-    found = verdict(before, after)
-    return f"{said.get(found, f'it {found}')} (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, Student's t)"
+    found, interval = verdict(before, after), stats.ttest_ind(after, before).confidence_interval(0.95)
+    said = f"no difference that {len(before)} + {len(after)} seeds can show" if "no" in found else f"it {found}"
+    return f"{said} (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, Student's t)"
 
 
 def compare(runs: Sequence[Run]) -> None:
@@ -121,7 +112,7 @@ def compare(runs: Sequence[Run]) -> None:
             print(f"The code of {run.name} differs from that of {runs[0].name}: {', '.join(changed)}")
     settings: dict[tuple, dict[int, Run]] = {}  # of each, its runs by seed
     for run in runs:
-        if run.finished:
+        if len(run.rows) == run.config["epochs"]:  # a run that is not finished is in the table only
             settings.setdefault(run.setting, {})[run.config["seed"]] = run
     groups = [list(group.values()) for group in settings.values()]
     for number, group in enumerate(groups, start=1):
@@ -145,17 +136,15 @@ def compare(runs: Sequence[Run]) -> None:
 
 def plot_runs(runs: Sequence[Run]) -> Figure:
     """Return the curves of all runs over each other, one colour for each setting; training is dashed."""
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    settings = list(dict.fromkeys(run.setting for run in runs))
+    figure, settings = Figure(figsize=(12, 4.5), layout="constrained"), list(dict.fromkeys(run.setting for run in runs))
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for run in runs:
-            epochs, color = [row["epoch"] for row in run.rows], f"C{settings.index(run.setting) % 10}"
+            look = {"color": f"C{settings.index(run.setting) % 10}", "alpha": 0.8, "marker": "." * (len(run.rows) < 2)}
             for part, style in (("train", "--"), ("valid", "-")):
-                values = [row[f"{part}_{name}"] for row in run.rows]
-                label = run.name if part == "valid" and name == "accuracy" else None
-                axes.plot(epochs, values, style, color=color, label=label, alpha=0.8, marker="." * (len(epochs) < 2))
+                values = {row["epoch"]: row[f"{part}_{name}"] for row in run.rows}
+                axes.plot(values.keys(), values.values(), style, label=run.name if part == "valid" else None, **look)
         axes.set(title=f"{name.capitalize()} (dashed: training)", xlabel="Epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
