@@ -58,11 +58,14 @@ def conv_options(index: int, layers: int, last: str) -> dict[str, int]:
     return {**usual, **LAST_CONV[last]} if index == layers - 1 else usual
 
 
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}  # SiLU, x * sigmoid(x): Elfwing et al. 2017, arXiv:1702.03118
+
+
 class Block(nn.Sequential):
-    """Convolution layers; each is convolution, BatchNorm, ReLU, Dropout2d.
+    """Convolution layers; each is convolution, BatchNorm, activation, Dropout2d.
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one BatchNorm, after the
-    pair of convolutions. An unpadded last convolution has nothing after it. ReLU is applied in `forward`, for
+    pair of convolutions. An unpadded last convolution has nothing after it. It is applied in `forward`, for
     the specification's summary has no row for it.
     Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016, arXiv:1511.07122.
     """
@@ -75,6 +78,7 @@ class Block(nn.Sequential):
         separable: bool = False,
         last: str = "plain",
         dropout: float = 0.0,
+        activation: str = "relu",
     ):
         modules, activated = [], []
         for index in range(layers):
@@ -89,13 +93,14 @@ class Block(nn.Sequential):
                 activated.append(len(modules))
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-        self.activated = activated  # positions of the normalizations: ReLU follows whatever stands there later
+        self.activated = activated  # positions of the normalizations: it follows whatever stands there later
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for position, layer in enumerate(self):
             x = layer(x)
             if position in self.activated:
-                x = F.relu(x)
+                x = self.activation(x)
         return x
 
 
@@ -106,7 +111,7 @@ class Net(nn.Module):
     Output (N, num_classes) float32 log-probabilities, for F.nll_loss or F.cross_entropy, which are equal on them.
 
     blocks: the table; base_channels: the first block's in the default table; the others' are its multiples.
-    dropout: probability that Dropout2d zeroes a channel.
+    dropout: probability that Dropout2d zeroes a channel. activation: one of ACTIVATIONS.
     arguments: what makes this network again, `Net(**net.arguments)`, in plain values: a checkpoint carries them.
     Raises ValueError, naming the block and the reason, for a table that cannot work.
     """
@@ -119,13 +124,14 @@ class Net(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.0,
         image_size: int = 32,
+        activation: str = "relu",
     ):
         super().__init__()
         blocks = default_blocks(base_channels) if blocks is None else tuple(BlockSpec(*spec) for spec in blocks)
         sizes = output_sizes(blocks, image_size)  # which checks the table
         self.arguments = {"blocks": [tuple(spec) for spec in blocks], "num_classes": num_classes}
-        self.arguments |= {"dropout": dropout, "image_size": image_size}
-        self.blocks = nn.ModuleList(Block(*spec, dropout=dropout) for spec in blocks)
+        self.arguments |= {"dropout": dropout, "image_size": image_size, "activation": activation}
+        self.blocks = nn.ModuleList(Block(*spec, dropout, activation) for spec in blocks)
         self.pool = nn.AvgPool2d(sizes[-1], stride=1)  # of a larger image more than one value is left
         self.classifier = nn.Conv2d(blocks[-1].out_channels, num_classes, kernel_size=1)
 

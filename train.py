@@ -178,7 +178,7 @@ def main(config: Config, resume: bool = False, net: Callable | None = None) -> N
     if len(loader) == 1:
         print("An epoch is one step: a smaller --batch-size learns faster.")
 
-    net = (net or Net)(**arguments_of(config, data.train.class_names, origin))
+    net = (net or Net)(**arguments_of(config, data.train.class_names, None if net else origin))
     print_summary(net.to(device, memory_format=torch.channels_last), config.image_size)
     optimizers = make_optimizers(net, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "float16")

@@ -46,9 +46,10 @@ class Run:
             "images": [sha256(dataset) for dataset in data],
             "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],
-            "network": [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
+            "arguments": (arguments := getattr(net, "arguments", None) or arguments_of(config, train.class_names)),
+            "network": [f"made with {arguments}"]
+            + [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
             + [f"{name} {list(tensor.shape)}" for name, tensor in net.state_dict().items()],
-            "arguments": getattr(net, "arguments", None) or arguments_of(config, train.class_names, origin),
             "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume
             "processes": processes,
         }
@@ -152,10 +153,13 @@ def load_origin(config: Config, resume: bool) -> dict:
     return load_checkpoint(path) | {"weights": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def arguments_of(config: Config, class_names: Sequence[str], origin: dict) -> dict:
-    """Return what to make the network with: num_classes, dropout; image_size and the origin's table if they matter."""
-    arguments = origin.get("arguments", {}) | {"num_classes": len(class_names), "dropout": config.dropout}
-    return arguments if config.image_size == 32 else arguments | {"image_size": config.image_size}
+def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None = None) -> dict:
+    """Return what to make the network with: Net (origin given), or one of your own (num_classes and dropout alone)."""
+    arguments = {"num_classes": len(class_names), "dropout": config.dropout}
+    if origin is None:
+        return arguments
+    table = origin.get("arguments", {"activation": config.activation})
+    return table | {"image_size": config.image_size} | arguments
 
 
 def what_makes(device: str) -> dict:

@@ -133,3 +133,13 @@ def test_network_can_be_exported_for_any_number_of_images(net):
     exported = torch.export.export(net.eval(), (images,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     for other in (exported.module(), torch.fx.symbolic_trace(net)):
         torch.testing.assert_close(other(images[:2]), net(images[:2]))
+
+
+def test_activation_is_one_of_two_and_travels_with_the_arguments(net):
+    other = Net(activation="silu")
+    other.load_state_dict(net.state_dict())  # the keys are the same: nothing but the arguments tells them apart
+    images = torch.randn(2, 3, 32, 32)
+    assert not torch.allclose(net.eval()(images), other.eval()(images), atol=0.01)
+    again = Net(**other.arguments).eval()
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(images), other(images))

@@ -14,12 +14,15 @@ import torch
 from torch import nn
 
 import dataset
+import model
 import train
 from config import UsageError
 from model import Net
 from parts.transforms import RepeatableCompose
 from tests.conftest import ROOT, equal, flags, outcome, start
 from utils import load_checkpoint, save_checkpoint
+
+DEFAULT_BLOCKS = model.default_blocks()
 
 
 def files(folder) -> dict[str, bytes]:
@@ -138,6 +141,11 @@ def other_images(run, change) -> None:
     rewrite(run, data_dir="others")
 
 
+def other_table(base_channels):
+    first, *others = DEFAULT_BLOCKS
+    return first._replace(last="plain"), *others
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -152,6 +160,7 @@ def other_images(run, change) -> None:
         (lambda run, patch: patch.setattr(dataset, "make_augmentation", lambda *_: RepeatableCompose([])), "augm"),
         (lambda run, patch: patch.setattr(train, "Net", functools.partial(Net, base_channels=2)), "network"),
         (lambda run, patch: patch.setattr(nn, "Dropout2d", nn.Dropout), "network"),  # its weights are the same
+        (lambda run, patch: patch.setattr(model, "default_blocks", other_table), "network"),  # its shapes are the same
     ],
 )
 def test_another_run_is_refused_and_nothing_written(cli, copy_of_finished, monkeypatch, refusal, change, word):

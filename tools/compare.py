@@ -46,8 +46,7 @@ def read_run(folder: Path) -> Run | None:
         print(f"{folder}: no epoch is finished yet")
         return None
     modules = checkpoint["made_by"][-1]["modules"]
-    network = [checkpoint[name] for name in ("network", "arguments", "augmentation")]
-    network[1] = {name: value for name, value in network[1].items() if name != "dropout"}  # which is in the config
+    network = [checkpoint["network"], checkpoint["augmentation"]]
     rows, right = checkpoint["metrics"], checkpoint["right"].numpy()
     return Run(folder.name, checkpoint["config"], rows, right, checkpoint["images"][1], network, modules)
 
