@@ -93,32 +93,27 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
     The hole is Cutout: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     mean_color = tuple(round(255 * channel) for channel in mean)
+    limits = config.shift_limit, config.scale_limit, config.rotate_limit
     return RepeatableCompose(
         [
             A.HorizontalFlip(p=config.flip_probability),
-            ShiftScaleRotate(
-                config.shift_limit, config.scale_limit, config.rotate_limit, p=config.shift_scale_rotate_probability
-            ),
+            ShiftScaleRotate(*limits, p=config.shift_scale_rotate_probability),
             SquareHole(config.hole_size, fill=mean_color, p=config.coarse_dropout_probability),
         ]
     )
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for pixels of 0..1.
-
-    A constant channel gets a deviation of 1, for it will be divided by it.
-    """
+    """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for pixels of 0..1."""
     mean, std = (values[:, 0] / 255 for values in cv2.meanStdDev(images.reshape(-1, 1, 3)))  # as one tall image
-    std[std == 0] = 1
+    std[std == 0] = 1  # of a constant channel, which will be divided by it
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
     """Return which images are held out, (N,) bool: `fraction` of each class, drawn at random, but always the same ones.
 
-    So runs of several seeds are judged on the same images. Raises UsageError if a class would have no image on one of
-    the two sides.
+    So runs of several seeds are judged alike. Raises UsageError if a class would have no image on one of the two sides.
     """
     rng = np.random.default_rng(0)
     held_out = np.zeros(len(labels), dtype=bool)
@@ -126,8 +121,8 @@ def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
         members = rng.permutation(np.flatnonzero(labels == label))
         count = round(fraction * len(members))
         if not 0 < count < len(members):
-            images = f"a class of {len(members)} images with none on one side"
-            raise UsageError(f"the fraction {fraction:.3g} leaves {images}: change valid_split or train_images")
+            said = f"{fraction:.3g} of a class of {len(members)} images leaves none on one side"
+            raise UsageError(f"{said}: change valid_split or train_images")
         held_out[members[:count]] = True
     return held_out
 
@@ -213,8 +208,7 @@ def make_loader(
 ) -> DataLoader:
     """Return a loader of batches: images (N, 3, 32, 32) float32, labels (N,) int64; 0 workers: made in this process.
 
-    The dataset makes whole batches, so the loader gets them in place of indices ("disabled automatic batching" in
-    torch's documentation). A batch that does not come within five minutes is an error.
+    The dataset makes whole batches: what torch's documentation calls disabled automatic batching.
     """
     if not isinstance(dataset, ImageDataset):
         raise TypeError(f"make_loader takes an ImageDataset; for a {type(dataset).__name__} use torch's DataLoader")
@@ -225,7 +219,7 @@ def make_loader(
         num_workers=num_workers,
         worker_init_fn=start_worker,
         persistent_workers=num_workers > 0,
-        timeout=300 if num_workers else 0,
+        timeout=300 if num_workers else 0,  # seconds: a batch that was lost is an error, not a wait for ever
         pin_memory=torch.cuda.is_initialized(),  # true once choose_device, or a network, has used CUDA
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers
     )

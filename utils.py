@@ -59,10 +59,9 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def choose_workers(num_workers: int, device: torch.device) -> int:
-    """Return how many processes augment; -1: as many as pay off.
+    """Return how many processes augment; -1: as many as pay off, of the cores that each training process has.
 
-    On the CPU they compete with the training for the cores: none on two cores, one on more. Beside an accelerator the
-    cores are free: up to eight. Training processes on one machine divide its cores.
+    On the CPU they compete with the training: none on two cores, one on more. Beside an accelerator, up to eight.
     """
     if num_workers >= 0:
         return num_workers

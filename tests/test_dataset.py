@@ -178,7 +178,7 @@ def test_channel_without_any_variation_can_be_divided_by_its_deviation():
 
 
 def test_class_that_would_have_no_image_on_one_side_or_no_other_beside_it_is_refused(tmp_path):
-    with pytest.raises(UsageError, match=r"0.9 leaves a class of 4 images with none on one side: change valid_split"):
+    with pytest.raises(UsageError, match=r"0.9 of a class of 4 images leaves none on one side: change valid_split"):
         hold_out(np.repeat([0, 1], [50, 4]), 0.9)
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
