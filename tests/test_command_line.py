@@ -72,7 +72,7 @@ def test_help_needs_no_source_files(tmp_path):
         ("--epochs many", "'many'"),
         ("--nesterov maybe", "'maybe'"),
         ("--resume x --config y", "not allowed with"),
-        ("--resume nowhere", "nowhere holds no run"),
+        ("--resume nowhere", "nowhere/last.pt is not there"),
         ("--config settings.json", "epocs"),
         ("--learning-rate nan", "learning_rate must be above 0, not nan"),
         ("--momentum 0", "--nesterov false"),
