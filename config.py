@@ -17,18 +17,18 @@ class Config:
     num_workers: int = -1  # processes that augment; -1: as many as pay off
     batch_size: int = 128  # images per step
 
-    flip_probability: float = 0.5  # of a mirrored image
-    shift_scale_rotate_probability: float = 0.5  # of the next three together
+    flip_probability: float = 0.5  # that an image is mirrored
+    shift_scale_rotate_probability: float = 0.5  # of shift, scale and rotation together
     shift_limit: float = 0.125  # at most this fraction of the side, each way, cut to whole pixels
     scale_limit: float = 0.1  # at most this fraction larger or smaller
     rotate_limit: float = 15.0  # at most this many degrees, either way
-    coarse_dropout_probability: float = 0.5  # of a square hole in the dataset's mean colour
+    coarse_dropout_probability: float = 0.5  # that a square hole is filled with the dataset's mean colour
     hole_size: int = 8  # side of the hole in pixels
 
     epochs: int = 30  # passes over the training images
     optimizer: Literal["muon", "sgd"] = "muon"  # muon leaves 2,042 of the 138,666 parameters to SGD
     learning_rate: float = 0.02  # highest value of the schedule; SGD beside Muon has ten times this
-    schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate
+    schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # how the learning rate goes
     weight_decay: float = 0.05  # Muon's: a step multiplies its weights by 1 - learning_rate * this
     sgd_weight_decay: float = 5e-4  # SGD's, as torch.optim.SGD means it: beside Muon, and alone
     momentum: float = 0.9  # of SGD; that of Muon is 0.95
@@ -41,7 +41,7 @@ class Config:
     seed: int = 0  # of all that is random: weights, order, augmentation, dropout
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
-    compile: bool = False  # faster steps: on CUDA by a CUDA graph, elsewhere by torch.compile, after up to a minute
+    compile: bool = False  # faster steps: on CUDA by a CUDA graph, elsewhere by torch.compile, after a minute or more
     deterministic: bool = False  # repeatable operations only: slower on CUDA; the CPU's always repeat
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 

@@ -93,7 +93,7 @@ class Block(nn.Sequential):
                 activated.append(len(modules))
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-        self.activated = activated  # positions of the normalizations: it follows whatever stands there later
+        self.activated = activated  # positions, not types: SyncBatchNorm or a wrapper may stand there later
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

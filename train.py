@@ -23,8 +23,8 @@ from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, s
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
-    Muon updates the weights of the convolutions that mix channels, except the last, the classifier; SGD the rest, at
-    ten times the learning rate, or everything, at the rate itself. Biases and BatchNorm have no decay.
+    Muon updates the weights of the convolutions that mix channels, except the last one, the classifier of Net; SGD the
+    rest, at ten times the learning rate, or everything, at the rate itself. Biases and BatchNorm have no decay.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1 and conv.weight.requires_grad]

@@ -25,10 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is torch's accelerator (CUDA, MPS, ...) if there is one, else the CPU.
-
-    Raises UsageError for a device that is not there.
-    """
+    """Return the device called `name`, or raise UsageError; "auto" is torch's accelerator (CUDA, ...), else the CPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
@@ -236,8 +233,10 @@ def load_checkpoint(path: str | Path) -> dict:
     except OSError as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error.strerror})") from None
     except Exception:  # whatever zipfile and the unpickler meet in a file that this program did not write
-        raise UsageError(f"checkpoint {path} is damaged, or holds more than tensors and plain values") from None
+        raise UsageError(f"checkpoint {path} is damaged, or not one of this program") from None
     if damaged or not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        reason = f"is damaged ({damaged})" if damaged else f"is not of format {FORMAT}: another version wrote it"
+        reason = (
+            f"is damaged ({damaged})" if damaged else f"is not of format {FORMAT}: another version or program wrote it"
+        )
         raise UsageError(f"checkpoint {path} {reason}")
     return checkpoint

@@ -24,7 +24,7 @@ from utils import new_run_dir
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def true_or_false(text: str) -> bool:
+def boolean(text: str) -> bool:
     """Return the value of the word "true" or "false"; raise ValueError for any other."""
     return bool(["false", "true"].index(text.lower()))
 
@@ -40,7 +40,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif kind is bool:
-            options = {"type": true_or_false, "metavar": "true|false", "nargs": "?", "const": True}
+            options = {"type": boolean, "metavar": "true|false", "nargs": "?", "const": True}
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         text = f"{comments.get(name, '')} (default: {getattr(config, name)!r})".replace("%", "%%")

@@ -26,8 +26,7 @@ def process_group(device: str) -> Iterator[None]:
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    patience = timedelta(minutes=30)  # the first process may be downloading the images
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))  # for downloads
     yield
     dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
 
@@ -43,9 +42,8 @@ def of_first(value: object) -> object:
 def share_training(net: nn.Module, batch_size: int) -> nn.Module:
     """Return the network to train: itself, or of several processes one that averages their gradients at each step.
 
-    On CUDA, BatchNorm2d becomes SyncBatchNorm, over all images of a batch; on CPUs, which that refuses, each process's
-    BatchNorm sees its own images. Without find_unused_parameters torch would regroup the sums after its first step, and
-    a resumed run of three or more processes would differ in the last bits.
+    On CUDA, BatchNorm2d becomes SyncBatchNorm, which refuses CPUs. find_unused_parameters keeps the order of the sums,
+    which torch else changes after its first step: a resumed run of three processes would differ in the last bits.
     """
     if not dist.is_initialized():
         return net

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from config import UsageError
 
+DATASETS = "cifar10", "cifar100", "folder", "shapes"
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
 
@@ -31,10 +32,7 @@ def load_source(name: str, data_dir: str | Path, size: int = 32, test_only: bool
 
 
 def load_cifar(name: str, data_dir: Path) -> Source:
-    """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir.
-
-    torchvision verifies each file's md5 before it unpickles it, and downloads damaged files again.
-    """
+    """Return CIFAR-10, or CIFAR-100 with its fine classes (Krizhevsky 2009), downloaded if it is not in data_dir."""
     from torchvision import datasets  # here: it is slow to import, and other sources do without it
 
     dataset = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -47,10 +45,8 @@ def load_cifar(name: str, data_dir: Path) -> Source:
             with FileLock(data_dir / ".lock"):  # of two runs or processes, one downloads
                 parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        raise UsageError(
-            f"{name} is not whole in {data_dir} and cannot be downloaded ({error}): name the folder that holds "
-            f"{dataset.base_folder} with --data-dir, put {dataset.url} there, or try --dataset shapes"
-        ) from None
+        ways = f"name the folder that holds {dataset.base_folder} with --data-dir, put {dataset.url} there"
+        raise UsageError(f"{name} is not whole in {data_dir} and cannot be downloaded ({error}): {ways}") from None
     # torchvision's images are a transposed view; every later read wants them in one piece
     splits = [(np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts]
     return *splits, list(parts[0].classes)
@@ -59,11 +55,11 @@ def load_cifar(name: str, data_dir: Path) -> Source:
 def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> Source:
     """Return the images of data_dir/train/<class>/* and data_dir/test/<class>/*, resized to size x size.
 
-    The classes are the folders' names in alphabetical order, accents in Unicode's NFC; what systems leave in folders is
-    skipped. Raises UsageError for a folder that is missing or empty, and for files that are not images.
+    The classes are the folders' names in alphabetical order. Raises UsageError for what is missing or no image.
     """
+    train = {} if test_only else _class_folders(data_dir / "train")
     test = _class_folders(data_dir / "test")
-    train = test if test_only else _class_folders(data_dir / "train")
+    train = train or test
     if others := sorted({*test} ^ {*train}):
         raise UsageError(f"{data_dir}: the class {others[0]!r} must be a folder in both train and test")
     splits = [_read_classes(folders, size) for folders in ([test] if test_only else [train, test])]
@@ -106,10 +102,7 @@ def _visible(folder: Path) -> list[str]:
 
 
 def read_image(path: str | Path, size: int = 32) -> np.ndarray:
-    """Return the image in a file, in most formats that Pillow reads, as (size, size, 3) uint8, RGB. Raises UsageError.
-
-    Of a file with several pictures, such as a TIFF of many pages, it is the first.
-    """
+    """Return the (first) image in a file that Pillow reads as (size, size, 3) uint8, RGB. Raises UsageError."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
             raise ValueError("not a file")

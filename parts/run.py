@@ -28,10 +28,7 @@ CHANGEABLE = {"num_workers", "device", "precision", "compile", "data_dir"}
 
 
 class Run:
-    """A run in its folder: `restore` continues or begins it, `save` writes an epoch; of several processes, the first.
-
-    last.pt is the only truth: what resumes reads nothing else, and the other files follow from it.
-    """
+    """A run in its folder: `restore` begins or continues it, `save` writes an epoch. last.pt is its only truth."""
 
     def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module, origin: dict):
         """Note what the run is made of: asked, its settings as they were given; config, as they became; origin."""
@@ -56,10 +53,7 @@ class Run:
         del self.facts["config"]["run_dir"]
 
     def restore(self, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler, resume: bool) -> list:
-        """Load the last checkpoint, or begin a run by writing that of epoch 0; return the metrics of each epoch so far.
-
-        Raises UsageError for a folder that holds another run, and for what must not differ from the run's beginning.
-        """
+        """Load the last checkpoint, or begin by writing that of epoch 0; return the metrics of each epoch so far."""
         last, best = self.folder / LAST, self.folder / BEST
         checkpoint = load_checkpoint(last) if self.rank == 0 and (resume or last.exists()) else None
         if not resume:
@@ -138,7 +132,8 @@ class Run:
             if was != became and (name != "epochs" or now["schedule"] in ("onecycle", "cosine")):
                 if isinstance(was, list):  # the first difference
                     was, became = next(pair for pair in itertools.zip_longest(was, became) if pair[0] != pair[1])
-                raise UsageError(f"{name} cannot change: this run began with {was!r}, not {became!r}")
+                why = f" ({now['schedule']} is spread over them)" if name == "epochs" else ""
+                raise UsageError(f"{name} cannot change{why}: {was!r} when this run began, {became!r} now")
         if now["epochs"] < checkpoint["epoch"]:
             raise UsageError(f"epochs cannot become {now['epochs']}: {checkpoint['epoch']} are done already")
         if self.facts["processes"] != checkpoint["processes"]:
@@ -203,9 +198,10 @@ def resumed_config(run_dir: str, given: dict) -> Config:
 
 def describe_progress(run_dir: str, launcher: str, resumable: bool) -> str:
     """Return what is saved of a run that ended early and, if it makes sense, the command that continues it."""
+    path = Path(run_dir, LAST)
     try:
-        checkpoint = load_checkpoint(Path(run_dir, LAST))
+        checkpoint = load_checkpoint(path)
     except UsageError as error:
-        return f"nothing is saved ({error})"
+        return str(error) if path.exists() else "nothing is saved"
     saved = f"epoch {checkpoint['epoch']} of {checkpoint['config']['epochs']} is saved in {run_dir}"
     return f"{saved}; to continue: {launcher} train.py --resume {shlex.quote(run_dir)}" if resumable else saved

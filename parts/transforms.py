@@ -26,9 +26,8 @@ class RepeatableCompose(A.Compose):
 
 
 class ShiftScaleRotate(A.Affine):
-    """A.Affine without shear: the same pictures from the same random numbers, in a quarter of the time.
+    """A.Affine without shear: the same pictures, in a quarter of the time, for its product of matrices is worked out.
 
-    Its own matrix is a product of six (and another six for bounding boxes); here is the product, worked out.
     shift_limit, scale_limit: fractions of the side; rotate_limit: degrees. Gaps are filled by mirroring at the edge.
     """
 

@@ -40,7 +40,7 @@ def answers(correct, count=100):
 def test_table_shows_only_the_settings_that_differ(runs, capsys):
     compare.main([str(runs("base", seed=0)), str(runs("fast", learning_rate=0.04, seed=0))])
     header, base, fast, *_ = capsys.readouterr().out.splitlines()
-    assert header.split()[:3] == ["run", "learning_rate", "epochs"]
+    assert header.split()[:3] == ["run", "learning_rate", "done"]
     assert base.split()[:3] == ["base", "0.02", "2"]
     assert fast.split()[:3] == ["fast", "0.04", "2"]
 
@@ -83,11 +83,14 @@ def test_where_and_how_often_a_run_ran_makes_no_other_setting(runs, capsys):
     assert "Setting 2" not in out
 
 
-def test_other_code_is_named_and_other_images_are_not_compared(runs, capsys):
+def test_other_code_is_named_and_other_images_are_not_compared(runs, tmp_path, capsys):
     compare.main([str(runs("a")), str(runs("b", module="# edited")), str(runs("c", images="0", dropout=0.2))])
     out = capsys.readouterr().out
     assert "The code of b differs from that of a: train.py" in out
+    assert "b is not counted: a has its setting and seed (--by-code tells code apart)" in out
     assert "not compared: its validation images are others" in out
+    compare.main([*map(str, (tmp_path / "runs").iterdir()), "--by-code"])
+    assert "Setting 3" in capsys.readouterr().out
 
 
 def test_without_names_all_of_runs_are_compared(runs, tmp_path, monkeypatch, capsys):

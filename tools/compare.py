@@ -55,14 +55,15 @@ def table(runs: Sequence[Run]) -> str:
     """Return a line for each run: the settings that differ, epochs, last losses and accuracies, seconds an epoch."""
     differing = [name for name in runs[0].config if len({str(run.config.get(name)) for run in runs}) > 1]
     columns = ["train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
-    lines = [["run", *differing, "epochs", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
+    lines = [["run", *differing, "done", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
     for run in runs:
         done = f"{len(run.rows)} of {run.config['epochs']}"
         numbers = [f"{run.rows[-1][column]:.{2 if 'accuracy' in column else 4}f}" for column in columns]
         seconds = sum(row["seconds"] for row in run.rows) / len(run.rows)
         lines.append([run.name, *(str(run.config.get(name)) for name in differing), done, *numbers, f"{seconds:.1f}"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines)
+    padded = ([word.ljust(width) for word, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
 def image_error(before: np.ndarray, after: np.ndarray) -> float:
@@ -103,16 +104,23 @@ def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
     return f"{said} (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, Student's t)"
 
 
-def compare(runs: Sequence[Run]) -> None:
-    """Print the table, and for each setting its repetitions and its difference to the first one."""
+def compare(runs: Sequence[Run], by_code: bool = False) -> None:
+    """Print the table, and for each setting its repetitions and its difference to the first one.
+
+    by_code: runs of other code are of another setting.
+    """
     print(table(runs))
     for run in runs[1:]:
         if changed := sorted(name for name, text in run.modules.items() if runs[0].modules.get(name) != text):
             print(f"The code of {run.name} differs from that of {runs[0].name}: {', '.join(changed)}")
-    settings: dict[tuple, dict[int, Run]] = {}  # of each, its runs by seed
+    settings: dict[str, dict[int, Run]] = {}  # of each, its runs by seed
     for run in runs:
         if len(run.rows) == run.config["epochs"]:  # a run that is not finished is in the table only
-            settings.setdefault(run.setting, {})[run.config["seed"]] = run
+            group, seed = settings.setdefault(run.setting + repr(run.modules) * by_code, {}), run.config["seed"]
+            if seed in group:
+                said = f"{group[seed].name} has its setting and seed (--by-code tells code apart)"
+                print(f"{run.name} is not counted: {said}")
+            group.setdefault(seed, run)
     groups = [list(group.values()) for group in settings.values()]
     for number, group in enumerate(groups, start=1):
         accuracies = [run.rows[-1]["valid_accuracy"] for run in group]
@@ -142,7 +150,10 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
             for part, style in (("train", "--"), ("valid", "-")):
                 values = {row["epoch"]: row[f"{part}_{name}"] for row in run.rows}
                 axes.plot(values.keys(), values.values(), style, label=run.name if part == "valid" else None, **look)
-        axes.set(title=f"{name.capitalize()} (dashed: training)", xlabel="Epoch")
+        title = f"{name.capitalize()} (dashed: training)"
+        axes.set(
+            title=title, xlabel="Epoch", yscale="log" if name == "loss" else "linear"
+        )  # an early peak is no matter
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -155,14 +166,16 @@ def main(argv: list[str] | None = None) -> None:
         "python -m tools.compare", description="Compare runs, of which the first is the base."
     )
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
-    folders = parser.parse_args(argv).runs
+    parser.add_argument("--by-code", action="store_true", help="runs of other code are of another setting")
+    arguments = parser.parse_args(argv)
+    folders = arguments.runs
     if not folders:
         lasts = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
         folders = [path.parent for path in lasts]
     runs = [run for run in map(read_run, folders) if run]
     if not runs:
         raise UsageError("there is no run with a finished epoch to compare: name their folders")
-    compare(runs)
+    compare(runs, arguments.by_code)
     path = folders[0].parent / "compare.png"
     try:
         plot_runs(runs).savefig(path, dpi=100)

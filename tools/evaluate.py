@@ -15,7 +15,7 @@ from config import UsageError
 from dataset import ImageDataset, make_loader
 from model import Net
 from parts.command_line import in_one_line
-from parts.images import load_source
+from parts.images import DATASETS, load_source
 from parts.run import BEST, LAST
 from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
 
@@ -38,9 +38,8 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
     path = find_checkpoint(path)
     checkpoint = load_checkpoint(path)
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the first weights, drawn in vain, must not move a notebook's generator
+        # The first weights, drawn in vain, must not move a notebook's generator.
+        with torch.random.fork_rng(devices=[]):
             net = (net or Net)(**checkpoint["arguments"])
         net.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -124,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tools.evaluate", description="Test a checkpoint, or that of a run.")
     parser.add_argument("path", metavar="RUN_DIR|CHECKPOINT")
     parser.add_argument("--tta", action="store_true", help="average over mirrored images as well")
-    parser.add_argument("--dataset", help="cifar10, cifar100, folder or shapes (default: as in the training)")
+    parser.add_argument("--dataset", choices=DATASETS, help="(default: as in the training)")
     parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
     parser.add_argument("--precision", choices=["auto", *DTYPES], help="(default: as in the training)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")

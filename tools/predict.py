@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,16 +44,17 @@ def to_picture(image: Picture, size: int = 32) -> np.ndarray:
         raise UsageError(f"{given} cannot be read as an image ({error})") from None
 
 
-def predict(checkpoint: str | Path, images: Sequence[Picture]) -> list[Prediction]:
+def predict(checkpoint: str | Path, images: Sequence[Picture], net: Callable | None = None) -> list[Prediction]:
     """Return what the network of a checkpoint, or of a run's folder, says about each image.
 
     An image is a file's path, a PIL image, or an array (H, W, 3) of uint8, 0 to 255, in the order RGB: OpenCV reads
     BGR, which no number tells, and which costs 10 points of accuracy. Images are resized and normalized as in the
-    training; computed on the CPU in float32. Raises UsageError for a checkpoint or an image that cannot be used.
+    training; computed on the CPU in float32. net: makes the network (default: Net).
+    Raises UsageError for a checkpoint or an image that cannot be used.
     """
     if not isinstance(images, list | tuple | np.ndarray) or getattr(images, "ndim", 4) != 4:
         raise UsageError("images must be a list of images, or an array (N, H, W, 3) of them")
-    net, checkpoint = load_network(checkpoint)
+    net, checkpoint = load_network(checkpoint, net)
     names = checkpoint["class_names"]
     if len(images) == 0:
         return []
