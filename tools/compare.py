@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
     parser.add_argument("--by-code", action="store_true", help="runs of other code are of another setting")
     arguments = parser.parse_args(argv)
-    folders = arguments.runs
+    folders = [path for path in arguments.runs if not path.is_file()]  # runs/* names compare.png too
     if not folders:
         lasts = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
         folders = [path.parent for path in lasts]
