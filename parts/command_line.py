@@ -24,11 +24,6 @@ from utils import new_run_dir
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-def boolean(text: str) -> bool:
-    """Return the value of the word "true" or "false"; raise ValueError for any other."""
-    return bool(["false", "true"].index(text.lower()))
-
-
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Give the parser a flag for each field of Config, with the comment beside it as help."""
     try:
@@ -40,7 +35,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif kind is bool:
-            options = {"type": boolean, "metavar": "true|false", "nargs": "?", "const": True}
+            options = {
+                "type": lambda text: json.loads(text.lower()),
+                "metavar": "true|false",
+                "nargs": "?",
+                "const": True,
+            }
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         text = f"{comments.get(name, '')} (default: {getattr(config, name)!r})".replace("%", "%%")
@@ -78,8 +78,8 @@ def stop(signum: int, frame: object) -> None:
 def in_one_line(program: str, function: Callable, progress: Callable[[bool], str] | None = None) -> object:
     """Return what the function returns; if it fails, end the program with one line on stderr and an exit code.
 
-    2: a mistake of the user's; 1: an error of the system, or a loss that is not finite; 128 and the signal's number;
-    anything else: Python's traceback, the line, and 1. progress(resumable): what is saved, for the end of the line.
+    2: the user's mistake; 128 and a signal's number; 1: all else, a bug after Python's traceback.
+    progress(resumable): what is saved, for the end of the line.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding

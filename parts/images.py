@@ -118,8 +118,8 @@ def read_image(path: str | Path, size: int = 32) -> np.ndarray:
 def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     """Return an image upright, in sRGB and squeezed to (size, size, 3) uint8; one of that size keeps its pixels.
 
-    Transparent parts become white, as in a viewer; a colour profile is applied (of RGB and CMYK; a broken one is
-    ignored). Raises UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
+    Transparent parts become white; a colour profile is applied, of RGB and CMYK; a broken one is ignored. Raises
+    UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
     """
     raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
@@ -132,12 +132,9 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         form == "TIFF" and image.mode == "RGBA" and 338 not in tags
     ):
         raise UsageError("a TIFF of a rare kind: save it as one of 8 bits, or as PNG")
-    transparent = image.info.get("transparency")
-    if raw == "RGB;16B" and transparent is not None:  # Pillow converts the pixels to 8 bits, but not this value
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
-        image = Image.fromarray(np.where(pixels == transparent, 255, pixels >> 8).astype(np.uint8))
+        image = Image.fromarray(np.where(pixels == image.info.get("transparency"), 255, pixels >> 8).astype(np.uint8))
     if "16" in raw and np.asarray(image).max() < 16:
         print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
     if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
@@ -169,10 +166,7 @@ SHAPES = {
 
 
 def draw_shapes(count: int, rng: np.random.Generator) -> Split:
-    """Draw `count` pictures of SHAPES, the classes in turn; position, size, colours, rotation and noise vary.
-
-    They are the same on every machine: `rng.random` and arithmetic that IEEE 754 rounds exactly, no sine, no logarithm.
-    """
+    """Draw `count` pictures of SHAPES, the classes in turn, by what IEEE 754 rounds exactly: alike on every machine."""
     labels = np.arange(count, dtype=np.int64) % len(SHAPES)
     t, x, y, size = rng.random((4, count, 1, 1))
     t = 2 * t - 1

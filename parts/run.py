@@ -68,8 +68,7 @@ class Run:
         net.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
-        if checkpoint["scaler"]:  # empty but for float16
-            scaler.load_state_dict(checkpoint["scaler"])
+        scaler.load_state_dict(checkpoint["scaler"] or scaler.state_dict())  # empty but for float16
         print(f"Continuing after epoch {checkpoint['epoch']}")
         self.facts["made_by"] = [*checkpoint["made_by"], *self.facts["made_by"]]
         before, now = (maker["modules"] for maker in self.facts["made_by"][-2:])
@@ -108,10 +107,7 @@ class Run:
         if self.origin["class_names"] != self.facts["class_names"]:
             print(f"The class names differ from those of the weights: {last} begins anew")
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{last}.")}
-        try:
-            net.load_state_dict(net.state_dict() | weights)
-        except RuntimeError as error:
-            raise UsageError(f"the weights are of another network ({str(error).splitlines()[-1].strip()})") from None
+        net.load_state_dict(net.state_dict() | weights)
 
     def _follow(self, checkpoint: dict) -> None:
         """Bring the other files up to last.pt, after an epoch or after a kill that came in between."""

@@ -80,6 +80,6 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next: given back, it is cleared again, a fifth of the time on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        if not libc.mallopt(-3, 2**30):  # M_MMAP_THRESHOLD: below 1 GiB no block is a mapping of its own
-            libc.mallopt(-3, 2**25)  # the most that older versions accept
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that older versions accept: below 32 MiB no block is a
+        libc.mallopt(-3, 2**30)  # mapping of its own; or below 1 GiB
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink

@@ -20,8 +20,10 @@ class RepeatableCompose(A.Compose):
     def set_key(self, *key: int) -> None:
         """From now on, draw random numbers that follow from the key alone."""
         self.python_random.seed(" ".join(map(str, key)))  # Python takes the SHA-512 of a text
-        # For transforms that draw from numpy. A new generator would take longer than the whole augmentation.
-        state = {"state": self.python_random.getrandbits(128), "inc": 1}
+        state = {
+            "state": self.python_random.getrandbits(128),
+            "inc": 1,
+        }  # a new generator takes longer than all the rest
         self.bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
 

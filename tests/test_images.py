@@ -114,12 +114,14 @@ def test_folder_is_what_a_source_promises(folder):
     assert (images.shape, images.dtype, labels.dtype) == ((6, 32, 32, 3), np.uint8, np.int64)
     assert (images[0] == (200, 0, 200)).all()
     assert abs(int(test_images[4, 5, 5, 0]) - 40) < 3  # dark/b.JPG
+    assert load_source("folder", folder, size=64)[0][0].shape == (6, 64, 64, 3)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda folder: (folder / "train").rename(folder / "training"), "DATA_DIR/train/CLASS/IMAGE"),
+        (lambda folder: (folder / "test").rename(folder / "tests"), "--valid-split only divides train"),
         (lambda folder: (folder / "test/grey").mkdir(), "grey.+ both train and test"),
         (lambda folder: (folder / "test/grey").mkdir() or (folder / "train/grey").mkdir(), "grey is empty"),
         (lambda folder: (folder / "test/dark/d.png").write_bytes(b""), "dark/d.png cannot be read as an image"),
@@ -207,14 +209,3 @@ def test_all_files_that_cannot_be_read_are_named_at_once(folder):
         (folder / f"test/dark/{number:02}.png").touch()
     with pytest.raises(UsageError, match=r"00\.png .+; .+09\.png cannot be read as an image .+; and 2 more$"):
         load_source("folder", folder)
-
-
-def test_missing_test_folder_says_that_held_out_images_do_not_stand_in_for_it(folder):
-    (folder / "test").rename(folder / "tests")
-    with pytest.raises(UsageError, match="--valid-split only divides train"):
-        load_source("folder", folder)
-
-
-def test_folder_can_have_another_image_size(folder):
-    (images, _), (test_images, _), _ = load_source("folder", folder, size=64)
-    assert images.shape == test_images.shape == (6, 64, 64, 3)

@@ -105,10 +105,7 @@ def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def compare(runs: Sequence[Run], by_code: bool = False) -> None:
-    """Print the table, and for each setting its repetitions and its difference to the first one.
-
-    by_code: runs of other code are of another setting.
-    """
+    """Print the table, and each setting's repetitions and difference to the first. by_code: other code divides."""
     print(table(runs))
     for run in runs[1:]:
         if changed := sorted(name for name, text in run.modules.items() if runs[0].modules.get(name) != text):
