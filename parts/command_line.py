@@ -35,12 +35,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif kind is bool:
-            options = {
-                "type": lambda text: json.loads(text.lower()),
-                "metavar": "true|false",
-                "nargs": "?",
-                "const": True,
-            }
+            options = {"type": lambda word: json.loads(word.lower()), "metavar": "BOOL", "nargs": "?", "const": True}
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         text = f"{comments.get(name, '')} (default: {getattr(config, name)!r})".replace("%", "%%")

@@ -37,9 +37,7 @@ class Run:
         # The same in all checkpoints of the run. No run_dir: the folder can be moved.
         self.facts = {
             "config": {**asdict(asked), "precision": config.precision},
-            "class_names": train.class_names,
-            "mean": train.mean,
-            "std": train.std,
+            **{name: getattr(train, name) for name in ("class_names", "mean", "std")},
             "images": [sha256(dataset) for dataset in data],
             "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],

@@ -69,8 +69,7 @@ def test_one_setting_split_in_two_helps_in_five_percent_of_cases():
     for seeds in (2, 3):
         said = [compare.verdict(*rng.normal(90, 0.3, (2, seeds))) for _ in range(2000)]
         assert 0.035 < 1 - said.count("no difference") / len(said) < 0.065
-    # Seeds that agree exactly prove nothing.
-    assert compare.verdict([50, 50], [51, 51]) == "no difference"
+    assert compare.verdict([50, 50], [51, 51]) == "no difference"  # seeds that agree exactly prove nothing
 
 
 def test_where_and_how_often_a_run_ran_makes_no_other_setting(runs, capsys):
