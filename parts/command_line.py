@@ -65,8 +65,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
     return replace(settings, run_dir=run_dir), False, arguments.report
 
 
-def stop(signum: int, frame: object) -> None:
-    """Raise KeyboardInterrupt with the signal's number: what Ctrl-C, SIGTERM and SIGHUP do."""
+def _stop(signum: int, frame: object) -> None:
     raise KeyboardInterrupt(signum)
 
 
@@ -79,7 +78,7 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding
     for number in STOPS:
-        signal.signal(number, stop)
+        signal.signal(number, _stop)
     resumable = True
     try:
         return function()

@@ -23,7 +23,7 @@ Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes'
 def load_source(name: str, data_dir: str | Path, size: int = 32, test_only: bool = False) -> Source:
     """Return (train, test, class_names) of "cifar10", "cifar100", "folder" or "shapes". Raises UsageError.
 
-    size: side in pixels of a folder's images. test_only: its test images stand in for those to train on.
+    size: a folder's images become size x size. test_only: its test images stand in for those to train on.
     """
     if name == "shapes":  # 1,200 to train on, 300 to test on
         rng = np.random.Generator(np.random.Philox(key=0))
@@ -57,13 +57,11 @@ def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> Sour
 
     The classes are the folders' names in alphabetical order. Raises UsageError for what is missing or no image.
     """
-    train = {} if test_only else _class_folders(data_dir / "train")
-    test = _class_folders(data_dir / "test")
-    train = train or test
-    if others := sorted({*test} ^ {*train}):
+    parts = [_class_folders(data_dir / part) for part in (["test"] if test_only else ["train", "test"])]
+    if others := sorted({*parts[0]} ^ {*parts[-1]}):
         raise UsageError(f"{data_dir}: the class {others[0]!r} must be a folder in both train and test")
-    splits = [_read_classes(folders, size) for folders in ([test] if test_only else [train, test])]
-    return splits[0], splits[-1], list(test)
+    splits = [_read_classes(folders, size) for folders in parts]
+    return splits[0], splits[-1], list(parts[0])
 
 
 def _read_classes(folders: dict[str, Path], size: int) -> Split:
@@ -79,10 +77,10 @@ def _read_classes(folders: dict[str, Path], size: int) -> Split:
 
 def _class_folders(folder: Path) -> dict[str, Path]:
     """Return {class name: its folder}, sorted; a Mac's names, whose accents stand apart (NFD), become like others'."""
-    folders = {}
-    for name in _visible(folder):
-        if folders.setdefault(unicodedata.normalize("NFC", name), folder / name) != folder / name:
-            raise UsageError(f"{folder}: two folders are both called {name!r}, in other code points: rename one")
+    names = _visible(folder)
+    folders = {unicodedata.normalize("NFC", name): folder / name for name in names}
+    if len(folders) < len(names):
+        raise UsageError(f"{folder}: two folders have one name, whose accents are written in two ways: rename one")
     return dict(sorted(folders.items()))
 
 
@@ -92,8 +90,7 @@ def _visible(folder: Path) -> list[str]:
         names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
         layout = "--dataset folder reads DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
-        if folder.name == "test":
-            layout += "; --valid-split only divides train, it does not stand in for test"
+        layout += " (--valid-split only divides train, it does not stand in for test)" * (folder.name == "test")
         raise UsageError(f"{folder} cannot be read as a folder ({error.strerror}): {layout}") from None
     names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
@@ -109,9 +106,8 @@ def read_image(path: str | Path, size: int = 32) -> np.ndarray:
         with Image.open(path) as image:
             return resize_image(image, size)
     except Exception as error:  # Pillow's decoders may raise anything at a damaged file
-        reason = getattr(error, "strerror", None) or error
-        if Path(path).suffix.lower() in (".heic", ".heif"):
-            reason = "HEIC needs pillow-heif: convert it to JPEG"
+        heic = Path(path).suffix.lower() in (".heic", ".heif")
+        reason = "HEIC needs pillow-heif: convert it to JPEG" if heic else getattr(error, "strerror", None) or error
         raise UsageError(f"{path} cannot be read as an image ({reason})") from None
 
 
@@ -150,8 +146,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((size, size)))
 
 
-# Each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1.
-SHAPES = {
+SHAPES = {  # each class: whether the point (u, v) is inside the figure, which fits the circle u^2 + v^2 <= 1
     "bar": lambda u, v: (abs(u) <= 0.95) & (abs(v) <= 0.28),
     "bow tie": lambda u, v: (abs(v) <= abs(u)) & (abs(u) <= 0.7),
     "circle": lambda u, v: u * u + v * v <= 0.65,

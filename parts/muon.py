@@ -20,10 +20,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> torch.Tensor | None:
-        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look-ahead.
-
-        closure: computes the gradients first; its loss is returned (the protocol of torch's optimizers).
-        """
+        """Shrink each weight, and move it against its gradient, averaged over the steps with Nesterov's look-ahead."""
         loss = torch.enable_grad()(closure)() if closure else None
         for group in self.param_groups:
             for weight in (weight for weight in group["params"] if weight.grad is not None):

@@ -23,8 +23,7 @@ from parts.distributed import of_first
 from utils import device_name, load_checkpoint, rank_and_size, save_checkpoint
 
 CONFIG, METRICS, LAST, BEST = "config.json", "metrics.csv", "last.pt", "best.pt"  # a run's files
-# What may change when a run is continued; epochs too, where the schedule does not depend on them.
-CHANGEABLE = {"num_workers", "device", "precision", "compile", "data_dir"}
+CHANGEABLE = {"num_workers", "device", "precision", "compile", "data_dir"}  # and epochs, if the schedule allows it
 
 
 class Run:
@@ -32,8 +31,7 @@ class Run:
 
     def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module, origin: dict):
         """Note what the run is made of: asked, its settings as they were given; config, as they became; origin."""
-        self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
-        self.rank, processes = rank_and_size()
+        self.folder, self.origin, train, (self.rank, processes) = Path(config.run_dir), origin, data[0], rank_and_size()
         # The same in all checkpoints of the run. No run_dir: the folder can be moved.
         self.facts = {
             "config": {**asdict(asked), "precision": config.precision},
@@ -167,10 +165,8 @@ def what_makes(device: str) -> dict:
 
 
 def sha256(dataset) -> str:
-    """Return the SHA-256 of a dataset's images and labels."""
-    digest = hashlib.sha256(dataset.images.numpy())
-    digest.update(dataset.labels.numpy())
-    return digest.hexdigest()
+    """Return the SHA-256 of a dataset's images, and that of its labels."""
+    return " ".join(hashlib.sha256(part.numpy()).hexdigest() for part in (dataset.images, dataset.labels))
 
 
 def describe(transform) -> str:

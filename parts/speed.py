@@ -14,8 +14,7 @@ from config import Config, UsageError
 def faster_step(step: Callable, net: nn.Module, config: Config) -> Callable:
     """Return a faster way to take the same training step as `step` (train.train_step): on CUDA, a RecordedStep.
 
-    Elsewhere it is `step` itself, and torch.compile compiles net in place at its first use, for a shape at a time, in
-    a resumed run as in a straight one. Raises UsageError for float16 on CUDA and for several processes.
+    Elsewhere torch.compile compiles net in place at its first use, for a shape at a time, so a resume has the same bits.
     """
     if dist.is_initialized() or config.precision == "float16":
         raise UsageError("compile is not for several processes, and not for float16: give --compile false")

@@ -39,8 +39,7 @@ class ShiftScaleRotate(A.Affine):
             (1 - scale_limit, 1 + scale_limit),
             (-rotate_limit, rotate_limit),
         )
-        edge = cv2.BORDER_REFLECT_101
-        super().__init__(scale, shift, rotate=rotate, keep_ratio=True, border_mode=edge, p=p)
+        super().__init__(scale, shift, rotate=rotate, keep_ratio=True, border_mode=cv2.BORDER_REFLECT_101, p=p)
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:
         """Draw shift, scale and angle in A.Affine's order; return the (2, 3) matrix from input to output pixels."""

@@ -200,7 +200,7 @@ def test_accents_may_be_written_in_either_way_but_not_in_both(folder):
         (folder / part / "dark").rename(folder / part / name)
     assert load_source("folder", folder)[2] == ["bright", composed]
     (folder / "train" / composed).mkdir()
-    with pytest.raises(UsageError, match="two folders are both called"):
+    with pytest.raises(UsageError, match="two folders have one name"):
         load_source("folder", folder)
 
 
