@@ -14,7 +14,7 @@ from config import Config, UsageError
 def faster_step(step: Callable, net: nn.Module, config: Config) -> Callable:
     """Return a faster way to take the same training step as `step` (train.train_step): on CUDA, a RecordedStep.
 
-    Elsewhere torch.compile compiles net in place at its first use, for a shape at a time, so a resume has the same bits.
+    Elsewhere torch.compile compiles net in place, at first use. Raises UsageError for float16 and several processes.
     """
     if dist.is_initialized() or config.precision == "float16":
         raise UsageError("compile is not for several processes, and not for float16: give --compile false")
