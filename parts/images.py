@@ -123,10 +123,9 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of mode {image.mode} have no fixed range")
-    deep = form == "TIFF" and max(tags.get(258, [8])) > 8  # bits; 262: 0 if white is zero; 338: what a fourth band is
-    if (deep and (image.mode[0] != "I" or tags[262] == 0)) or (
-        form == "TIFF" and image.mode == "RGBA" and 338 not in tags
-    ):
+    # Tags: 258 bits of a value; 262 is 0 if white is zero; 338 says what a fourth band is.
+    deep = max(tags.get(258, [8])) > 8 and (image.mode[0] != "I" or tags[262] == 0)
+    if form == "TIFF" and (deep or (image.mode == "RGBA" and 338 not in tags)):
         raise UsageError("a TIFF of a rare kind: save it as one of 8 bits, or as PNG")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
