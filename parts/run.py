@@ -134,10 +134,10 @@ class Run:
 
 def load_origin(config: Config, resume: bool) -> dict:
     """Return the checkpoint that config.weights names, if any, with its SHA-256; a resumed run has all in last.pt."""
-    if not config.weights or resume:
-        return load_checkpoint(Path(config.run_dir, LAST)) if config.weights else {}
-    path = Path(config.weights).expanduser()
-    return load_checkpoint(path) | {"weights": hashlib.sha256(path.read_bytes()).hexdigest()}
+    if not config.weights:
+        return {}
+    path = Path(config.run_dir, LAST) if resume else Path(config.weights).expanduser()
+    return load_checkpoint(path) | ({} if resume else {"weights": hashlib.sha256(path.read_bytes()).hexdigest()})
 
 
 def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None = None) -> dict:

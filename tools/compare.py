@@ -132,8 +132,10 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
             before, after = (np.mean([run.right for run in each], axis=0) for each in (first, group))
             error = f"± {image_error(before, after):.2f} (standard error of the {len(before):,} images)"
             print(f"  {100 * (after.mean() - before.mean()):+.2f} points to setting 1, {error}")
-            if min(len(first), len(group)) == 1:
+            if len(first) == len(group) == 1:
                 print(f"  {one_run_each(first[0].right, group[0].right)}")
+            elif min(len(first), len(group)) == 1:
+                print("  one run of one setting: a seed alone can do this; repeat that setting with --seed 1")
             else:
                 print(f"  {several_runs_each([100 * run.right.mean() for run in first], accuracies)}")
 
@@ -148,9 +150,7 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
                 values = {row["epoch"]: row[f"{part}_{name}"] for row in run.rows}
                 axes.plot(values.keys(), values.values(), style, label=run.name if part == "valid" else None, **look)
         title = f"{name.capitalize()} (dashed: training)"
-        axes.set(
-            title=title, xlabel="Epoch", yscale="log" if name == "loss" else "linear"
-        )  # an early peak is no matter
+        axes.set(title=title, xlabel="Epoch", yscale="log" if name == "loss" else "linear")  # for early peaks
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
