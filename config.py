@@ -34,7 +34,7 @@ class Config:
     momentum: float = 0.9  # of SGD; that of Muon is 0.95
     nesterov: bool = True  # SGD looks ahead by one momentum step
     label_smoothing: float = 0.1  # fraction of each label that is spread over all classes
-    activation: Literal["relu", "silu"] = "relu"  # of each layer; the specification's is relu
+    activation: Literal["relu", "silu"] = "silu"  # of each layer; the specification's is relu
     dropout: float = 0.0  # probability of zeroing a channel
     weights: str = ""  # checkpoint whose weights the run begins with; empty: random ones
 

@@ -29,9 +29,7 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[weight]["momentum_buffer"]
                 average.lerp_(weight.grad, 1 - group["momentum"])
                 update = orthogonalize(weight.grad.lerp(average, group["momentum"]).flatten(1))
-                stretch = (
-                    max(1, update.shape[0] / update.shape[1]) ** 0.5
-                )  # a tall matrix, with many outputs, takes a longer step
+                stretch = max(1, update.shape[0] / update.shape[1]) ** 0.5  # more outputs than inputs: a longer step
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.sub_(update.view_as(weight) * (group["lr"] * stretch))
         return loss

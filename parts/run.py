@@ -146,6 +146,8 @@ def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None
     if origin is None:
         return arguments
     table = origin.get("arguments", {"activation": config.activation})
+    if (learnt := table.get("activation", "relu")) != config.activation:
+        raise UsageError(f"activation must be {learnt}, with which the weights were learnt, not {config.activation}")
     return table | {"image_size": config.image_size} | arguments
 
 

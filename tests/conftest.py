@@ -44,7 +44,7 @@ def pictures(tmp_path_factory) -> Path:
 def tiny(pictures) -> Config:
     """Settings of a run of two epochs that takes a second or two: replace(tiny, run_dir=..., ...)."""
     small = {"dataset": "folder", "data_dir": str(pictures), "batch_size": 32, "epochs": 2, "dropout": 0.1}
-    small |= {"num_workers": 0, "device": "cpu", "precision": "float32"}
+    small |= {"activation": "silu", "num_workers": 0, "device": "cpu", "precision": "float32"}
     rates = {"optimizer": "muon", "learning_rate": 0.02, "weight_decay": 0.05, "sgd_weight_decay": 5e-4}
     rates |= {"momentum": 0.9, "nesterov": True, "schedule": "onecycle", "label_smoothing": 0.1}
     return replace(config, **small, **rates)  # whatever config.py says by now

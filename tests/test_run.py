@@ -187,20 +187,20 @@ def test_run_knows_what_made_it_and_says_what_changed_since(cli, short, capsys, 
     assert maker["versions"].keys() == {"Python", "OpenCV", "torch", "albumentations"}
     assert "--run-dir run" in maker["command"]
     read = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda path, **options: read(path, **options) + "#" * (path.name == "train.py")
-    )
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: read(path, **how) + "#" * (path.name == "train.py"))
     assert cli("--resume", "run", "--epochs", 2, "--no-report") == 0
     assert "Note: changed since this run was begun or last continued: train.py\n" in capsys.readouterr().out
     assert [*load_checkpoint("run/last.pt")["made_by"][1]["modules"]] == [*maker["modules"]]
 
 
-def test_run_begins_with_weights_and_needs_their_file_no_more(cli, short, finished, tmp_path, capsys):
+def test_run_begins_with_weights_and_needs_their_file_no_more(cli, short, finished, tmp_path, capsys, refusal):
     weights = Path(shutil.copy(finished / "last.pt", tmp_path / "weights.pt"))
     origin = load_checkpoint(weights)
     origin["mean"] = (0.1, 0.2, 0.3)
     save_checkpoint(weights, origin)
     argv = [*short, "--weights", "weights.pt", "--schedule", "constant", "--learning-rate", "1e-9"]
+    assert cli(*argv, "--activation", "relu") == 2
+    assert "activation must be silu, with which the weights were learnt, not relu" in refusal()
     assert cli(*argv, "--epochs", 1, "--run-dir", "tuned") == 0
     assert "begins anew" not in capsys.readouterr().out
     tuned = load_checkpoint("tuned/last.pt")
