@@ -20,10 +20,8 @@ class RepeatableCompose(A.Compose):
     def set_key(self, *key: int) -> None:
         """From now on, draw random numbers that follow from the key alone."""
         self.python_random.seed(" ".join(map(str, key)))  # Python takes the SHA-512 of a text
-        state = {
-            "state": self.python_random.getrandbits(128),
-            "inc": 1,
-        }  # a new generator takes longer than all the rest
+        state = {"state": self.python_random.getrandbits(128), "inc": 1}
+        # A new generator would take longer than all the rest.
         self.bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
 
@@ -34,11 +32,8 @@ class ShiftScaleRotate(A.Affine):
     """
 
     def __init__(self, shift_limit: float, scale_limit: float, rotate_limit: float, p: float):
-        shift, scale, rotate = (
-            (-shift_limit, shift_limit),
-            (1 - scale_limit, 1 + scale_limit),
-            (-rotate_limit, rotate_limit),
-        )
+        shift, scale = (-shift_limit, shift_limit), (1 - scale_limit, 1 + scale_limit)
+        rotate = (-rotate_limit, rotate_limit)
         super().__init__(scale, shift, rotate=rotate, keep_ratio=True, border_mode=cv2.BORDER_REFLECT_101, p=p)
 
     def get_params_dependent_on_data(self, params: dict, data: dict) -> dict:

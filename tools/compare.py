@@ -159,9 +159,7 @@ def plot_runs(runs: Sequence[Run]) -> Figure:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the runs that the command line names."""
-    parser = argparse.ArgumentParser(
-        "python -m tools.compare", description="Compare runs, of which the first is the base."
-    )
+    parser = argparse.ArgumentParser("python -m tools.compare", description="Compare runs; the first is the base.")
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
     parser.add_argument("--by-code", action="store_true", help="runs of other code are of another setting")
     arguments = parser.parse_args(argv)

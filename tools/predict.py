@@ -35,9 +35,8 @@ def to_picture(image: Picture, size: int = 32) -> np.ndarray:
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         image = Image.fromarray(image) if image.size else image
     if not isinstance(image, Image.Image) or 0 in image.size:
-        raise UsageError(
-            f"an image is a file's path, a PIL image, or an array (H, W, 3) of uint8, 0 to 255, RGB; not {given}"
-        )
+        kinds = "a file's path, a PIL image, or an array (H, W, 3) of uint8, 0 to 255, RGB"
+        raise UsageError(f"an image is {kinds}; not {given}")
     try:
         return resize_image(image, size)
     except Exception as error:  # a file that PIL has opened is decoded only now
