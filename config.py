@@ -12,7 +12,7 @@ class Config:
     dataset: Literal["cifar10", "cifar100", "folder", "shapes"] = "cifar10"  # shapes are drawn, not downloaded
     data_dir: str = "data"  # of the downloads; for `folder`, what holds train/CLASS/* and test/CLASS/*
     image_size: int = 32  # side in pixels, of `folder`; the other datasets have 32
-    train_images: int = 0  # how many of the training images to train on, of each class alike; 0: all
+    train_images: int = 0  # how many of the training images to train on, rounded in each class; 0: all
     valid_split: float = 0.0  # fraction of the training images to validate on; 0: the test images
     num_workers: int = -1  # processes that augment; -1: as many as pay off
     batch_size: int = 128  # images per step
@@ -28,7 +28,7 @@ class Config:
     epochs: int = 30  # passes over the training images
     optimizer: Literal["muon", "sgd"] = "muon"  # muon leaves 2,042 of the 138,666 parameters to SGD
     learning_rate: float = 0.02  # highest value of the schedule; SGD beside Muon has ten times this
-    schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # how the learning rate goes
+    schedule: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"  # of the learning rate, over the run
     weight_decay: float = 0.05  # Muon's: a step multiplies its weights by 1 - learning_rate * this
     sgd_weight_decay: float = 5e-4  # SGD's, as torch.optim.SGD means it: beside Muon, and alone
     momentum: float = 0.9  # of SGD; that of Muon is 0.95

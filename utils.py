@@ -40,8 +40,8 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> str:
     """Return the precision to compute in; "auto" is bfloat16 where the hardware has it, else float32.
 
-    Native bfloat16: CUDA from compute capability 8.0 on, CPUs with AVX512-BF16 or AMX. Raises UsageError
-    for float16 off CUDA: its gradients underflow unless the loss is scaled, as is done on CUDA only.
+    Native bfloat16: CUDA from compute capability 8.0 on; CPUs with AVX512-BF16 or AMX, of which torch tells from 2.11
+    on. Raises UsageError for float16 off CUDA: its gradients underflow unless the loss is scaled, as only CUDA's is.
     """
     if name == "float16" and device.type != "cuda":
         raise UsageError(f"precision float16 needs a CUDA device, not {device}: name another with --precision")
@@ -50,7 +50,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}  # new in torch 2.11
+        features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
         native = features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     return "bfloat16" if native else "float32"
 

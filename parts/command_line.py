@@ -26,10 +26,7 @@ STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Give the parser a flag for each field of Config, with the comment beside it as help."""
-    try:
-        comments = dict(re.findall(r"^ +(\w+): .*? # *(.*)", inspect.getsource(Config), re.MULTILINE))
-    except OSError:  # only config.pyc is there
-        comments = {}
+    comments = dict(re.findall(r"^ +(\w+): .*? # *(.*)", inspect.getsource(Config), re.MULTILINE))
     settings = parser.add_argument_group("settings")
     for name, kind in get_type_hints(Config).items():
         if get_origin(kind) is Literal:
@@ -43,7 +40,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
-    """Return (config, resume, whether to draw a report). A flag goes before --config's file, that before config.py."""
+    """Return (config, resume, whether to draw a report). Flags override --config's file, that config.py."""
     usage = "python train.py [--resume RUN_DIR | --config FILE] [--no-report] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False)
     begin = parser.add_mutually_exclusive_group()
@@ -55,6 +52,8 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
     arguments = parser.parse_args(argv)
     given = {name: value for name, value in vars(arguments).items() if name in get_type_hints(Config)}
     if arguments.resume is not None:
+        if "run_dir" in given:
+            raise UsageError("--resume names the run's folder: leave out --run-dir")
         return resumed_config(os.path.expanduser(arguments.resume), given), True, arguments.report
     try:
         settings = json.loads(Path(arguments.config).expanduser().read_text()) if arguments.config else {}

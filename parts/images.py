@@ -119,6 +119,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     """
     raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
+    image.load()  # before anything is suppressed: a damaged file must fail
     with contextlib.suppress(Exception):  # broken EXIF data, which only say how to turn the image
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):

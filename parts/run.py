@@ -46,6 +46,7 @@ class Run:
             "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume
             "processes": processes,
         }
+        self.facts["config"]["activation"] = arguments.get("activation", config.activation)  # as it became
         del self.facts["config"]["run_dir"]
 
     def restore(self, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler, resume: bool) -> list:
@@ -121,7 +122,7 @@ class Run:
         before, now = (facts["config"] | {name: facts[name] for name in made_of} for facts in (checkpoint, self.facts))
         for name in (name for name in now if name not in CHANGEABLE):
             was, became = before[name], now[name]
-            if was != became and (name != "epochs" or now["schedule"] in ("onecycle", "cosine")):
+            if was != became and (name != "epochs" or now["schedule"] not in ("plateau", "constant")):
                 if isinstance(was, list):  # the first difference
                     was, became = next(pair for pair in itertools.zip_longest(was, became) if pair[0] != pair[1])
                 why = f" ({now['schedule']} is spread over them)" if name == "epochs" else ""

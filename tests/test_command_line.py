@@ -1,14 +1,11 @@
 """The command line: what it sets, what it refuses, and how a program ends that does not end well."""
 
 import builtins
-import compileall
 import io
 import json
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,7 +18,7 @@ import train
 from config import Config, config
 from parts import command_line
 from parts.transforms import RepeatableCompose
-from tests.conftest import ROOT, flags
+from tests.conftest import flags
 
 
 @pytest.fixture
@@ -53,18 +50,6 @@ def test_flag_goes_before_the_file_of_another_run_and_that_before_config_py(sett
     assert found == replace(tiny, epochs=7, seed=9, schedule="cosine", nesterov=False, compile=True, run_dir="mine")
 
 
-def test_help_needs_no_source_files(tmp_path):
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "parts", tmp_path / "parts", ignore=shutil.ignore_patterns("__pycache__"))
-    compileall.compile_dir(tmp_path, legacy=True, quiet=1)
-    for path in tmp_path.rglob("*.py"):
-        path.unlink()
-    result = subprocess.run([sys.executable, "train.pyc", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "--batch-size" in result.stdout
-
-
 @pytest.mark.parametrize(
     ("line", "word"),
     [
@@ -73,6 +58,7 @@ def test_help_needs_no_source_files(tmp_path):
         ("--nesterov maybe", "'maybe'"),
         ("--resume x --config y", "not allowed with"),
         ("--resume nowhere", "nowhere/last.pt is not there"),
+        ("--resume x --run-dir y", "leave out --run-dir"),
         ("--config settings.json", "epocs"),
         ("--learning-rate nan", "learning_rate must be above 0, not nan"),
         ("--momentum 0", "--nesterov false"),

@@ -15,7 +15,7 @@ from utils import load_checkpoint, save_checkpoint
 def runs(finished, tmp_path):
     """Return a function that makes a run from the finished one, with other settings and other answers."""
 
-    def make(name, right=None, images=None, module=None, **settings):
+    def make(name, right=None, images=None, module=None, trained_on=None, **settings):
         folder = tmp_path / "runs" / name
         shutil.copytree(finished, folder)
         last = load_checkpoint(folder / "last.pt")
@@ -25,6 +25,7 @@ def runs(finished, tmp_path):
             last["metrics"][-1]["valid_accuracy"] = 100 * last["right"].double().mean().item()
         if images:
             last["images"][1] = images
+        last["images"][0] = trained_on or last["images"][0]
         if module:
             last["made_by"][-1]["modules"]["train.py"] = module
         save_checkpoint(folder / "last.pt", last)
@@ -78,6 +79,11 @@ def test_where_and_how_often_a_run_ran_makes_no_other_setting(runs, capsys):
     compare.main([str(runs("a")), str(runs("b", **elsewhere))])
     out = capsys.readouterr().out
     assert ("Setting 1: a, b" in out, "Setting 2" in out) == (True, False)
+
+
+def test_other_training_images_make_another_setting_and_checkpoints_name_their_runs(runs, capsys):
+    compare.main([str(runs("a") / "last.pt"), str(runs("b", trained_on="0", seed=1) / "last.pt")])
+    assert "Setting 2: b" in capsys.readouterr().out
 
 
 def test_other_code_is_named_and_other_images_are_not_compared(runs, tmp_path, capsys):

@@ -108,6 +108,13 @@ def folder(tmp_path):
     return tmp_path
 
 
+def damage(path):
+    """Write a picture of noise, with a hundred bytes of its middle lost: no decoder reads past them."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:1500] + bytes(100) + content[1600:])
+
+
 def test_folder_is_what_a_source_promises(folder):
     (images, labels), (test_images, _), class_names = load_source("folder", folder)
     assert (class_names, labels.tolist()) == (["bright", "dark"], [0, 0, 0, 1, 1, 1])
@@ -126,6 +133,7 @@ def test_folder_is_what_a_source_promises(folder):
         (lambda folder: (folder / "test/grey").mkdir() or (folder / "train/grey").mkdir(), "grey is empty"),
         (lambda folder: (folder / "test/dark/d.png").write_bytes(b""), "dark/d.png cannot be read as an image"),
         (lambda folder: os.truncate(folder / "test/dark/b.JPG", 300), "dark/b.JPG cannot be read as an image"),
+        (lambda folder: damage(folder / "test/dark/a.png"), "dark/a.png cannot be read as an image"),
         (lambda folder: os.mkfifo(folder / "test/dark/pipe"), "dark/pipe cannot be read as an image .not a file"),
         (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+ mode F have no fixed range"),
     ],

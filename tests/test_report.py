@@ -6,12 +6,13 @@ import signal
 from collections import OrderedDict
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
-from config import config
+from config import UsageError, config
 from dataset import ImageDataset, make_augmentation
 from parts.images import draw_shapes
 from tests.conftest import flags
@@ -51,6 +52,14 @@ def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, t
     assert f"| 2 of 2 | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {last['valid_loss']:.4f} |" in page
     assert all(part in page for part in ("\nbatch_size = 32\n", *(f"]({name})" for name in PICTURES)))
     assert drawn(tmp_path) == PICTURES
+
+
+def test_images_of_other_classes_are_refused(finished, pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "pictures")
+    for part in ("train", "test"):
+        (tmp_path / "pictures" / part / "bar").rename(tmp_path / "pictures" / part / "zebra")
+    with pytest.raises(UsageError, match="trained on other classes: 'bar', where the images have"):
+        report.report(finished, data_dir=str(tmp_path / "pictures"))
 
 
 def test_run_that_is_going_on_or_was_killed_has_a_report_too(cli, tiny, narrow, before, tmp_path):
@@ -122,21 +131,10 @@ def test_heat_maps_are_from_0_to_1_where_the_image_speaks_for_the_class():
     torch.testing.assert_close(maps[:, [4, 27], [4, 27]], expected)
 
 
-def test_network_without_blocks_has_pictures_without_heat_maps(net):
-    without = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
-    for network, layers in ((net, [1, 2, 1, 2]), (without, [1, 1])):
-        figure = report.plot_predictions(network, shapes(), RIGHT.log(), range(2), "Two images")
-        assert [len(pictures) for pictures in shown(figure)] == layers
-
-
 def test_augmentations_are_those_that_the_epochs_train_on():
     images = shapes()
     row = [picture for (picture,) in shown(report.plot_augmentations(images, count=2))[10:]]  # the first of class 1
     assert np.array_equal(row, [images.images[1], *(images.augment(epoch, [1])[0] for epoch in range(1, 10))])
-
-
-def test_pictures_are_of_all_classes_in_turn():
-    assert report.of_each_class(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 5) == [0, 4, 6, 1, 5]
 
 
 def test_page_has_each_class_and_the_worst_mistakes_and_no_matrix_of_more_than_100_classes(finished):

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from torch.nn import functional as F
 
 import train
 from config import UsageError, config
+from model import Net
 from tests.conftest import equal, flags
-from tools.evaluate import load_network
+from tools.evaluate import evaluate
+from tools.predict import predict
 from tools.report import report
 from train import epoch_factors, make_optimizers, schedule_factor, train_one_epoch, train_step, validate
 from utils import load_checkpoint
@@ -201,23 +204,22 @@ def test_epoch_of_one_step_is_told(cli, tiny, narrow, capsys):
     assert "An epoch is one step: a smaller --batch-size learns faster." in capsys.readouterr().out
 
 
-class Own(nn.Module):
-    """A network as people write them."""
-
-    def __init__(self, num_classes, dropout):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 8, 3, stride=4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout))
-        self.last = nn.Linear(512, num_classes)
-
-    def forward(self, x):
-        return self.last(self.layers(x))
+def linear(num_classes, dropout):
+    """A network of your own, for images of 40x40 pixels."""
+    return nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(3 * 40 * 40, num_classes))
 
 
-def test_network_of_your_own_trains_resumes_and_has_a_report(tiny, tmp_path):
-    settings = replace(tiny, run_dir=str(tmp_path / "run"), schedule="constant")
-    train.main(settings, net=Own)
-    train.main(replace(settings, epochs=3), resume=True, net=Own)
-    report(tmp_path / "run", net=Own)
-    net, _ = load_network(tmp_path / "run", net=Own)
-    assert type(net) is Own
-    assert (tmp_path / "run" / "report.md").read_text().startswith("# folder: ")
+def wide(num_classes, dropout):
+    return Net(base_channels=2, num_classes=num_classes, dropout=dropout)
+
+
+@pytest.mark.parametrize(("net", "size", "activation"), [(linear, 40, "silu"), (wide, 32, "relu")])
+def test_network_of_your_own_trains_resumes_and_is_judged(net, size, activation, tiny, tmp_path):
+    settings = replace(tiny, run_dir=str(tmp_path), schedule="constant", image_size=size)
+    train.main(settings, net=net)
+    train.main(replace(settings, epochs=3), resume=True, net=net)
+    assert load_checkpoint(tmp_path / "last.pt")["config"]["activation"] == activation  # the network's, if it has one
+    evaluate(tmp_path, net=net)
+    report(tmp_path, net=net)
+    assert (tmp_path / "report.md").read_text().startswith("# folder: ")
+    assert len(predict(tmp_path, [np.zeros((50, 50, 3), dtype=np.uint8)], net=net)) == 1

@@ -30,13 +30,13 @@ class Run(NamedTuple):
     rows: list[dict]  # of metrics.csv
     right: np.ndarray  # (N,) 0 or 1: which validation images the last epoch's network got right
     images: str  # SHA-256 of the validation images
-    network: list  # its layers, its table and its augmentation
+    made_of: list  # its layers and its table, its augmentation, SHA-256 of its training images and first weights
     modules: dict[str, str]  # file -> its text
 
     @property
     def setting(self) -> str:
         """What runs of one setting have in common."""
-        return repr([{name: value for name, value in self.config.items() if name not in NOT_COMPARED}, self.network])
+        return repr([{name: value for name, value in self.config.items() if name not in NOT_COMPARED}, self.made_of])
 
 
 def read_run(folder: Path) -> Run | None:
@@ -46,14 +46,16 @@ def read_run(folder: Path) -> Run | None:
         print(f"{folder}: no epoch is finished yet")
         return None
     modules = checkpoint["made_by"][-1]["modules"]
-    network = [checkpoint["network"], checkpoint["augmentation"]]
+    trained_on, judged_on, _ = checkpoint["images"]
+    made_of = [checkpoint["network"], checkpoint["augmentation"], trained_on, checkpoint["weights"]]
     rows, right = checkpoint["metrics"], checkpoint["right"].numpy()
-    return Run(folder.name, checkpoint["config"], rows, right, checkpoint["images"][1], network, modules)
+    return Run(folder.name, checkpoint["config"], rows, right, judged_on, made_of, modules)
 
 
 def table(runs: Sequence[Run]) -> str:
     """Return a line for each run: the settings that differ, epochs, last losses and accuracies, seconds an epoch."""
-    differing = [name for name in runs[0].config if len({str(run.config.get(name)) for run in runs}) > 1]
+    names = dict.fromkeys(name for run in runs for name in run.config)
+    differing = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
     columns = ["train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
     lines = [["run", *differing, "done", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
     for run in runs:
@@ -163,8 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
     parser.add_argument("--by-code", action="store_true", help="runs of other code are of another setting")
     arguments = parser.parse_args(argv)
-    folders = [path for path in arguments.runs if not path.is_file()]  # runs/* names compare.png too
-    if not folders:
+    folders = [path.parent if path.suffix == ".pt" else path for path in arguments.runs]
+    folders = [path for path in folders if not path.is_file()]  # runs/* names compare.png too
+    if not arguments.runs:
         lasts = sorted(Path("runs").glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
         folders = [path.parent for path in lasts]
     runs = [run for run in map(read_run, folders) if run]

@@ -1,6 +1,7 @@
 """How a checkpoint does on the test images: ``python -m tools.evaluate runs/<name> [--tta]``."""
 
 import argparse
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -40,7 +41,10 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
     try:
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):
-            net = (net or Net)(**checkpoint["arguments"])
+            arguments = checkpoint["arguments"]
+            if net:  # as in the training
+                arguments = {name: arguments[name] for name in ("num_classes", "dropout")}
+            net = (net or Net)(**arguments)
         net.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -73,13 +77,19 @@ def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None =
     return DTYPES[choose_precision(precision or (trained if fits else "auto"), device)]
 
 
+def check_classes(checkpoint: dict, class_names: list[str]) -> None:
+    """Raise UsageError, with the first difference, if a checkpoint was trained on other classes than these."""
+    for learnt, given in itertools.zip_longest(checkpoint["class_names"], class_names):
+        if learnt != given:
+            raise UsageError(f"the network was trained on other classes: {learnt!r}, where the images have {given!r}")
+
+
 def load_test_images(checkpoint: dict, dataset: str | None = None, data_dir: str | None = None) -> ImageDataset:
     """Return a dataset's test images, by default of the one trained on. Raises UsageError for other classes."""
-    settings, size = checkpoint["config"], checkpoint["arguments"].get("image_size", 32)
-    place = os.path.expanduser(data_dir or settings["data_dir"])
+    settings = checkpoint["config"]
+    place, size = os.path.expanduser(data_dir or settings["data_dir"]), settings.get("image_size", 32)
     _, test, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
-    if class_names != checkpoint["class_names"]:
-        raise UsageError("the checkpoint was trained on other classes than those of the images: give --data-dir")
+    check_classes(checkpoint, class_names)
     return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
 
 

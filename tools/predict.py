@@ -57,7 +57,7 @@ def predict(checkpoint: str | Path, images: Sequence[Picture], net: Callable | N
     names = checkpoint["class_names"]
     if len(images) == 0:
         return []
-    size = checkpoint["arguments"].get("image_size", 32)
+    size = checkpoint["config"].get("image_size", 32)
     pictures = np.stack([to_picture(image, size) for image in images])
     labels = np.zeros(len(pictures), dtype=np.int64)  # not known, not used
     dataset = ImageDataset(pictures, labels, names, checkpoint["mean"], checkpoint["std"])
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
     parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
     arguments = parser.parse_args(argv)
-    size = load_network(arguments.checkpoint)[1]["arguments"].get("image_size", 32)
+    size = load_network(arguments.checkpoint)[1]["config"].get("image_size", 32)
     pictures, failed = {}, 0
     for path in arguments.paths:
         for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:

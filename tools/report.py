@@ -23,7 +23,7 @@ from config import UsageError
 from dataset import ImageDataset, load_datasets, make_loader
 from parts.command_line import in_one_line
 from parts.run import LAST, resumed_config
-from tools.evaluate import choose_dtype, compute_outputs, load_network
+from tools.evaluate import check_classes, choose_dtype, compute_outputs, load_network
 from utils import choose_device, load_checkpoint
 
 PICTURES = {  # of report.md, with their titles
@@ -195,6 +195,7 @@ def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto
     net, checkpoint = load_network(folder, net)
     device = choose_device(device)
     train, _, test = load_datasets(config, last["mean"], last["std"])
+    check_classes(last, test.class_names)
     loader, dtype = make_loader(test, config.batch_size), choose_dtype(checkpoint, device)
     log_probs = compute_outputs(net.to(device), loader, dtype, description="Report")
     counts = count_confusions(test.labels, log_probs.argmax(dim=1), len(test.class_names))
