@@ -235,8 +235,6 @@ def load_checkpoint(path: str | Path) -> dict:
     except Exception:  # whatever zipfile and the unpickler meet in a file that this program did not write
         raise UsageError(f"checkpoint {path} is damaged, or not one of this program") from None
     if damaged or not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        reason = (
-            f"is damaged ({damaged})" if damaged else f"is not of format {FORMAT}: another version or program wrote it"
-        )
+        reason = f"is damaged ({damaged})" if damaged else f"is not of format {FORMAT}: of another version or program"
         raise UsageError(f"checkpoint {path} {reason}")
     return checkpoint

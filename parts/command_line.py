@@ -24,6 +24,11 @@ from utils import new_run_dir
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def boolean(word: str) -> bool:
+    """Return what "true" or "false" says; at a ValueError, argparse names this function: "invalid boolean value"."""
+    return bool(["false", "true"].index(word.lower()))
+
+
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """Give the parser a flag for each field of Config, with the comment beside it as help."""
     comments = dict(re.findall(r"^ +(\w+): .*? # *(.*)", inspect.getsource(Config), re.MULTILINE))
@@ -32,7 +37,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if get_origin(kind) is Literal:
             options = {"choices": get_args(kind), "type": type(get_args(kind)[0])}
         elif kind is bool:
-            options = {"type": lambda word: json.loads(word.lower()), "metavar": "BOOL", "nargs": "?", "const": True}
+            options = {"type": boolean, "metavar": "BOOL", "nargs": "?", "const": True}
         else:
             options = {"type": kind, "metavar": kind.__name__.upper()}
         text = f"{comments.get(name, '')} (default: {getattr(config, name)!r})".replace("%", "%%")

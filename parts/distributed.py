@@ -18,17 +18,17 @@ from config import UsageError
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Join torchrun's other processes, if there are any; on CUDA, each takes a device of its own."""
-    several, cuda = dist.is_torchelastic_launched(), device != "cpu" and torch.cuda.is_available()
-    if several and device not in ("auto", "cpu", "cuda"):
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
-    if several and cuda:
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if several:
-        backend, patience = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(minutes=30)  # for downloads
-        dist.init_process_group(backend, timeout=patience)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))  # for downloads
     yield
-    if several:
-        dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
+    dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
 
 
 def of_first(value: object) -> object:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from config import UsageError
 
-DATASETS = "cifar10", "cifar100", "folder", "shapes"
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
 

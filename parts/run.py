@@ -31,22 +31,24 @@ class Run:
 
     def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module, origin: dict):
         """Note what the run is made of: asked, its settings as they were given; config, as they became; origin."""
-        self.folder, self.origin, train, (self.rank, processes) = Path(config.run_dir), origin, data[0], rank_and_size()
+        self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
+        self.rank, processes = rank_and_size()
+        arguments = getattr(net, "arguments", None) or arguments_of(config, train.class_names)
+        became = {"precision": config.precision, "activation": arguments.get("activation", config.activation)}
         # The same in all checkpoints of the run. No run_dir: the folder can be moved.
         self.facts = {
-            "config": {**asdict(asked), "precision": config.precision},
+            "config": {**asdict(asked), **became},
             **{name: getattr(train, name) for name in ("class_names", "mean", "std")},
             "images": [sha256(dataset) for dataset in data],
             "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],
-            "arguments": (arguments := getattr(net, "arguments", None) or arguments_of(config, train.class_names)),
+            "arguments": arguments,
             "network": [f"made with {arguments}"]
             + [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
             + [f"{name} {list(tensor.shape)}" for name, tensor in net.state_dict().items()],
             "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume
             "processes": processes,
         }
-        self.facts["config"]["activation"] = arguments.get("activation", config.activation)  # as it became
         del self.facts["config"]["run_dir"]
 
     def restore(self, net: nn.Module, optimizers: Sequence, scaler: torch.amp.GradScaler, resume: bool) -> list:

@@ -79,6 +79,6 @@ def keep_freed_memory() -> None:
     """Let glibc keep what a step frees for the next: given back, it is cleared again, a fifth of the time on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that older versions accept: below 32 MiB no block is a
-        libc.mallopt(-3, 2**30)  # mapping of its own; or below 1 GiB
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: no block below 32 MiB is a mapping of its own,
+        libc.mallopt(-3, 2**30)  # nor one below 1 GiB, where glibc accepts so much
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, at its highest: the heap does not shrink

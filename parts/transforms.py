@@ -20,8 +20,7 @@ class RepeatableCompose(A.Compose):
     def set_key(self, *key: int) -> None:
         """From now on, draw random numbers that follow from the key alone."""
         self.python_random.seed(" ".join(map(str, key)))  # Python takes the SHA-512 of a text
-        state = {"state": self.python_random.getrandbits(128), "inc": 1}
-        # A new generator would take longer than all the rest.
+        state = {"state": self.python_random.getrandbits(128), "inc": 1}  # a new generator takes longer than the rest
         self.bits.state = {"bit_generator": "PCG64", "state": state, "has_uint32": 0, "uinteger": 0}
 
 

@@ -55,7 +55,7 @@ def test_flag_goes_before_the_file_of_another_run_and_that_before_config_py(sett
     [
         ("--epoch 3", "--epoch"),
         ("--epochs many", "'many'"),
-        ("--nesterov maybe", "'maybe'"),
+        ("--nesterov maybe", "invalid boolean value: 'maybe'"),
         ("--resume x --config y", "not allowed with"),
         ("--resume nowhere", "nowhere/last.pt is not there"),
         ("--resume x --run-dir y", "leave out --run-dir"),

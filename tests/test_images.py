@@ -109,10 +109,7 @@ def folder(tmp_path):
 
 
 def damage(path):
-    """Write a picture of noise, with a hundred bytes of its middle lost: no decoder reads past them."""
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    content = path.read_bytes()
-    path.write_bytes(content[:1500] + bytes(100) + content[1600:])
+    path.write_bytes(path.read_bytes()[:50] + bytes(8) + path.read_bytes()[58:])
 
 
 def test_folder_is_what_a_source_promises(folder):

@@ -133,6 +133,7 @@ def test_heat_maps_are_from_0_to_1_where_the_image_speaks_for_the_class():
 
 def test_augmentations_are_those_that_the_epochs_train_on():
     images = shapes()
+    assert report.of_each_class(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 5) == [0, 4, 6, 1, 5]  # the classes in turn
     row = [picture for (picture,) in shown(report.plot_augmentations(images, count=2))[10:]]  # the first of class 1
     assert np.array_equal(row, [images.images[1], *(images.augment(epoch, [1])[0] for epoch in range(1, 10))])
 

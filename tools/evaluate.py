@@ -6,17 +6,18 @@ import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from config import UsageError
+from config import Config, UsageError
 from dataset import ImageDataset, make_loader
 from model import Net
 from parts.command_line import in_one_line
-from parts.images import DATASETS, load_source
+from parts.images import load_source
 from parts.run import BEST, LAST
 from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
 
@@ -133,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tools.evaluate", description="Test a checkpoint, or that of a run.")
     parser.add_argument("path", metavar="RUN_DIR|CHECKPOINT")
     parser.add_argument("--tta", action="store_true", help="average over mirrored images as well")
-    parser.add_argument("--dataset", choices=DATASETS, help="(default: as in the training)")
+    datasets = get_args(get_type_hints(Config)["dataset"])
+    parser.add_argument("--dataset", choices=datasets, help="(default: as in the training)")
     parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
     parser.add_argument("--precision", choices=["auto", *DTYPES], help="(default: as in the training)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
