@@ -64,7 +64,7 @@ class ImageDataset(Dataset):
             return self.batch(*index)
         if isinstance(index, list | np.ndarray):
             return self.batch(self.epoch, [range(len(self))[i] for i in index])
-        images, labels = self.batch(self.epoch, [range(len(self))[index]])  # its IndexError ends a loop
+        images, labels = self.batch(self.epoch, [range(len(self))[index]])  # -1: the last; IndexError ends a `for`
         return images[0], labels.item()
 
     def batch(self, epoch: int, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,21 +110,17 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def hold_out(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which images are held out, (N,) bool: `fraction` of each class, drawn at random, but always the same ones.
+def stratified_sample(labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Return which images are drawn, (N,) bool: `fraction` of each class, rounded; always the same ones, for any seed.
 
-    So runs of several seeds are judged alike. Raises UsageError if a class would have no image on one of the two sides.
+    So runs of several seeds are trained and judged on the same images.
     """
     rng = np.random.default_rng(0)
-    held_out = np.zeros(len(labels), dtype=bool)
+    drawn = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        count = round(fraction * len(members))
-        if not 0 < count < len(members):
-            said = f"{fraction:.3g} of a class of {len(members)} images leaves none on one side"
-            raise UsageError(f"{said}: change valid_split or train_images")
-        held_out[members[:count]] = True
-    return held_out
+        drawn[members[: round(fraction * len(members))]] = True
+    return drawn
 
 
 class Datasets(NamedTuple):
@@ -145,13 +141,15 @@ def load_datasets(config: Config, mean: Sequence[float] = (), std: Sequence[floa
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     valid = test
     if config.valid_split > 0:
-        held_out = hold_out(train[1], config.valid_split)
+        held_out = stratified_sample(train[1], config.valid_split)
         train, valid = ([array[chosen] for array in train] for chosen in (~held_out, held_out))
     if config.train_images > len(train[1]):
         raise UsageError(f"train_images must be at most {len(train[1]):,}, all there are, not {config.train_images:,}")
-    if 0 < config.train_images < len(train[1]):
-        chosen = hold_out(train[1], config.train_images / len(train[1]))
+    if config.train_images > 0:
+        chosen = stratified_sample(train[1], config.train_images / len(train[1]))
         train = [array[chosen] for array in train]
+    if min(len(np.unique(labels)) for _, labels in (train, valid)) < len(class_names):
+        raise UsageError("a class has no image left to train on or to validate on: change valid_split or train_images")
     if not mean:
         mean, std = channel_statistics(train[0])
     common = {"class_names": class_names, "mean": mean, "std": std}

@@ -65,7 +65,7 @@ class Block(nn.Sequential):
     """Convolution layers; each is convolution, BatchNorm, activation, Dropout2d.
 
     Input (N, in_channels, H, W), output (N, out_channels, H', W'). A separable first layer has one BatchNorm, after the
-    pair of convolutions. An unpadded last convolution has nothing after it. It is applied in `forward`, for
+    pair of convolutions. An unpadded last convolution has nothing after it. The activation is applied in `forward`, for
     the specification's summary has no row for it.
     Depthwise-separable convolutions: Chollet 2017, arXiv:1610.02357; dilated: Yu & Koltun 2016, arXiv:1511.07122.
     """
@@ -149,6 +149,8 @@ def output_sizes(blocks: Sequence[BlockSpec], image_size: int = 32) -> list[int]
         if spec.in_channels != channels:
             source = "the image" if number == 1 else f"block {number - 1}"
             raise ValueError(f"block {number}: in_channels is {spec.in_channels}, but {source} has {channels} channels")
+        if spec.last not in LAST_CONV or spec.layers < 1:
+            raise ValueError(f"block {number}: it needs a layer, and as last one of {', '.join(LAST_CONV)}: {spec}")
         before, channels = image_size, spec.out_channels
         last = conv_options(spec.layers - 1, spec.layers, spec.last)  # the others keep the size
         image_size = (before + 2 * last["padding"] - 2 * last["dilation"] - 1) // last["stride"] + 1  # a 3x3

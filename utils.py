@@ -76,7 +76,7 @@ def new_run_dir() -> str:
 
 
 def resolve(config: Config) -> Config:
-    """Return the config with what it left open filled in: device, precision, workers, the run's folder, ~ in paths."""
+    """Return the config with what it left open filled in: device, precision, workers, the run's folder."""
     device = choose_device(config.device)
     return replace(
         config,
@@ -84,7 +84,6 @@ def resolve(config: Config) -> Config:
         precision=choose_precision(config.precision, device),
         num_workers=choose_workers(config.num_workers, device),
         run_dir=os.path.expanduser(config.run_dir or new_run_dir()),
-        data_dir=os.path.expanduser(config.data_dir),
     )
 
 
@@ -180,8 +179,8 @@ class Meter:
 def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
-    Without a terminal or a notebook there is no bar, but a loss that is not finite is found as early. The average is
-    this process's alone: each process looks at a time of its own, so none can wait there for another.
+    Without a terminal or a notebook there is no bar, but a loss that is not finite ends the epoch as soon. The average
+    is this process's alone: each process looks at a time of its own, so none can wait there for another.
     """
     shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
     form = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} {remaining}{postfix}"  # fits 80 columns

@@ -81,7 +81,7 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
         stream.reconfigure(errors="backslashreplace")  # no print ends a run, whatever the terminal's encoding
-    for number in STOPS:
+    for number in (stop for stop in STOPS if signal.getsignal(stop) != signal.SIG_IGN):  # nohup ignores SIGHUP
         signal.signal(number, _stop)
     resumable = True
     try:

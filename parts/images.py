@@ -27,7 +27,8 @@ def load_source(name: str, data_dir: str | Path, size: int = 32, test_only: bool
     if name == "shapes":  # 1,200 to train on, 300 to test on
         rng = np.random.Generator(np.random.Philox(key=0))
         return draw_shapes(1200, rng), draw_shapes(300, rng), list(SHAPES)
-    return load_folder(Path(data_dir), size, test_only) if name == "folder" else load_cifar(name, Path(data_dir))
+    place = Path(data_dir).expanduser()
+    return load_folder(place, size, test_only) if name == "folder" else load_cifar(name, place)
 
 
 def load_cifar(name: str, data_dir: Path) -> Source:
@@ -116,7 +117,6 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     Transparent parts become white; a colour profile is applied, of RGB and CMYK; a broken one is ignored. Raises
     UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
     """
-    raw = image.tile[0][3] if getattr(image, "tile", None) else ""  # how a file's pixels are packed
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
     image.load()  # before anything is suppressed: a damaged file must fail
     with contextlib.suppress(Exception):  # broken EXIF data, which only say how to turn the image
@@ -129,9 +129,9 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         raise UsageError("a TIFF of a rare kind: save it as one of 8 bits, or as PNG")
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8
         pixels = np.asarray(image)
+        if pixels.max() < 4096:
+            print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
         image = Image.fromarray(np.where(pixels == image.info.get("transparency"), 255, pixels >> 8).astype(np.uint8))
-    if "16" in raw and np.asarray(image).max() < 16:
-        print("warning: a 16-bit image has values below 4,096 only: it will be nearly black", file=sys.stderr)
     if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         image = image.convert("RGB")  # viewers ignore opacity there, and many programs leave it at zero
     if image.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in image.info:

@@ -69,9 +69,9 @@ def test_helped_is_said_from_two_seeds_of_each(runs, capsys):
 def test_one_setting_split_in_two_helps_in_five_percent_of_cases():
     rng = np.random.default_rng(0)
     for seeds in (2, 3):
-        said = [compare.verdict(*rng.normal(90, 0.3, (2, seeds))) for _ in range(2000)]
-        assert 0.035 < 1 - said.count("no difference") / len(said) < 0.065
-    assert compare.verdict([50, 50], [51, 51]) == "no difference"  # seeds that agree exactly prove nothing
+        said = [compare.several_runs_each(*rng.normal(90, 0.3, (2, seeds))) for _ in range(2000)]
+        assert 0.035 < np.mean([not words.startswith("no difference") for words in said]) < 0.065
+    assert "seeds that agree exactly say nothing" in compare.several_runs_each([93.33] * 3, [99.67] * 3)
 
 
 def test_where_and_how_often_a_run_ran_makes_no_other_setting(runs, capsys):
@@ -94,6 +94,15 @@ def test_other_code_is_named_and_other_images_are_not_compared(runs, tmp_path, c
     assert "not compared: its validation images are others" in out
     compare.main([*map(str, (tmp_path / "runs").iterdir()), "--by-code"])
     assert "Setting 3" in capsys.readouterr().out
+    a, b = (compare.read_run(tmp_path / "runs" / name) for name in "ab")
+    for by_code, colors in ((False, {"C0"}), (True, {"C0", "C1"})):
+        assert {line.get_color() for line in compare.plot_runs([a, b], by_code).axes[0].lines} == colors
+
+
+def test_run_that_is_not_finished_is_no_base_and_that_is_said(runs, capsys):
+    compare.main([str(runs("a", epochs=3, seed=1)), str(runs("b"))])
+    out = capsys.readouterr().out
+    assert ("a is not counted: it is not finished\n" in out, "Setting 1: b" in out) == (True, True)
 
 
 def test_without_names_all_of_runs_are_compared(runs, tmp_path, monkeypatch, capsys):

@@ -36,7 +36,6 @@ def test_wrong_type_word_or_path_is_named_with_what_may_be():
         ("epochs", 1.5, "of type int, not 1.5"),
         ("epochs", True, "of type int, not True"),
         ("seed", np.int64(0), "of type int, not "),
-        ("data_dir", "s3://bucket/images", "a path on this machine, not a URL"),
         ("run_dir", "https://example.org/run", "a path on this machine, not a URL"),
         ("schedule", "no such", "one of onecycle, cosine, plateau, constant, not 'no such'"),
     ):

@@ -49,9 +49,10 @@ def cifar(request, tmp_path, monkeypatch):
     return dataset, folder
 
 
-def test_cifar_is_what_a_source_promises(cifar):
+def test_cifar_is_what_a_source_promises(cifar, monkeypatch):
     dataset, folder = cifar
-    for data_dir in (folder.parent, str(folder)):  # data_dir may be the folder with the batches itself
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for data_dir in (folder.parent, str(folder), "~"):  # it may be the folder with the batches itself
         (images, labels), (test_images, test_labels), class_names = load_source(dataset.__name__.lower(), data_dir)
         assert (images.shape, test_images.shape) == ((200, 32, 32, 3), (100, 32, 32, 3))
         assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
@@ -102,7 +103,7 @@ def folder(tmp_path):
         (tmp_path / path).mkdir(parents=True)
         Image.new("RGB", (32, 32), (shade, 0, shade)).save(tmp_path / path / "a.png")
         Image.new("L", (100, 50), shade).save(tmp_path / path / "b.JPG")
-        Image.new("P", (20, 40)).save(tmp_path / path / "c.gif")
+        Image.new("1", (20, 40)).save(tmp_path / path / "c.xbm")
         (tmp_path / path / "Thumbs.db").touch()
     (tmp_path / "test" / ".DS_Store").touch()
     return tmp_path

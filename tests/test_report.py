@@ -17,7 +17,7 @@ from dataset import ImageDataset, make_augmentation
 from parts.images import draw_shapes
 from tests.conftest import flags
 from tools import report
-from utils import load_checkpoint
+from utils import load_checkpoint, save_checkpoint
 
 PICTURES = {"curves.png", "confusion_matrix.png", "predictions.png", "misclassified.png", "augmentations.png"}
 RIGHT = torch.eye(10).repeat(3, 1).clamp(min=0.01)  # probabilities of the images below
@@ -52,6 +52,10 @@ def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, t
     assert f"| 2 of 2 | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {last['valid_loss']:.4f} |" in page
     assert all(part in page for part in ("\nbatch_size = 32\n", *(f"]({name})" for name in PICTURES)))
     assert drawn(tmp_path) == PICTURES
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    save_checkpoint(tmp_path / "last.pt", checkpoint | {"config": checkpoint["config"] | {"device": "gone"}})
+    with pytest.raises(UsageError, match="device 'gone'"):  # that of the training, unless another is named
+        report.report(tmp_path)
 
 
 def test_images_of_other_classes_are_refused(finished, pictures, tmp_path):
@@ -91,11 +95,8 @@ def test_confusions_are_counted_true_by_predicted():
     labels, predictions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 0, 0, 2])
     counts = report.count_confusions(labels, predictions, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
-    assert texts(report.plot_confusions(counts, ["cat", "dog", "eel"])) >= {
-        "cat  50.0 %",
-        "dog  100.0 %",
-        "eel  33.3 %",
-    }
+    figure = report.plot_confusions(counts, ["cat", "dog", "eel"])
+    assert texts(figure) >= {"cat  50.0 %", "dog  100.0 %", "eel  33.3 %"}
 
 
 def test_class_names_of_any_bytes_are_drawn_as_they_are(tmp_path):

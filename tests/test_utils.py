@@ -1,4 +1,3 @@
-import hashlib
 import io
 import os
 import pickle
@@ -47,9 +46,9 @@ def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch):
 
 def test_resolved_config_has_facts_and_whole_paths(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    asked = replace(config, device="cpu", precision="auto", num_workers=-1, data_dir="~/data", run_dir="~/runs/a")
+    asked = replace(config, device="cpu", precision="auto", num_workers=-1, run_dir="~/runs/a")
     facts = resolve(asked)
-    assert (facts.data_dir, facts.run_dir) == (f"{tmp_path}/data", f"{tmp_path}/runs/a")
+    assert facts.run_dir == f"{tmp_path}/runs/a"
     assert (facts.precision in ("float32", "bfloat16"), facts.num_workers >= 0) == (True, True)
     first, second = (resolve(replace(asked, run_dir="")).run_dir for _ in range(2))
     assert re.match(r"runs/\d{4}-\d\d-\d\d_", first)
@@ -94,7 +93,6 @@ def test_checkpoint_comes_back_and_torch_reads_it_too(checkpoint):
     content = load_checkpoint(str(checkpoint))
     assert content["class_names"] == ["cat", "dog"]
     assert equal(content, torch.load(checkpoint, weights_only=True))
-    Net(base_channels=2).load_state_dict(content["model"])
 
 
 @pytest.mark.parametrize("step", ["builtins.open", "torch.save", "os.fsync", "os.replace"])
@@ -127,11 +125,9 @@ def test_missing_end_is_found_and_a_flipped_bit_is_found_or_changes_nothing(chec
 
 @pytest.mark.parametrize("content", [[1], {"format": "s8erav3-2"}], ids=["list", "older"])
 def test_other_format_is_refused_in_one_line(tmp_path, content):
-    torch.save(content, path := tmp_path / "older.pt")
-    for seal in (b"", hashlib.sha256(path.read_bytes()).digest()):  # as the format before had it
-        path.write_bytes(path.read_bytes() + seal)
-        with pytest.raises(UsageError, match=r"^checkpoint .+older\.pt is not of format s8erav3-3.*$"):
-            load_checkpoint(path)
+    torch.save(content, tmp_path / "older.pt")
+    with pytest.raises(UsageError, match=r"^checkpoint .+older\.pt is not of format s8erav3-3.*$"):
+        load_checkpoint(tmp_path / "older.pt")
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])

@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from config import config
+from config import UsageError, check, config
 from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
 from model import Net
 from parts.command_line import in_one_line
@@ -55,6 +55,8 @@ class Options(NamedTuple):
 def load_images(options: Options) -> tuple[Split, list[str]]:
     """Return as many of the dataset's training images as are wanted, and its class names."""
     (images, labels), _, class_names = load_source(options.dataset, options.data_dir)
+    if len(labels) < options.images:
+        raise UsageError(f"--images must be at most {len(labels):,}, all that {options.dataset} has to train on")
     return (images[: options.images], labels[: options.images]), class_names
 
 
@@ -178,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, default in Options()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})")
     options = Options(**vars(parser.parse_args(argv)))
+    check(replace(config, dataset=options.dataset, data_dir=options.data_dir, precision=options.precision))
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as plain:
         plain.submit(os.getpid).result()  # forked here, before torch has threads or CUDA, or the memory is kept
         keep_freed_memory()

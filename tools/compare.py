@@ -4,7 +4,6 @@ It reads each run's last.pt and nothing else: no data, no network, no device.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,10 @@ class Run(NamedTuple):
     made_of: list  # its layers and its table, its augmentation, SHA-256 of its training images and first weights
     modules: dict[str, str]  # file -> its text
 
-    @property
-    def setting(self) -> str:
-        """What runs of one setting have in common."""
-        return repr([{name: value for name, value in self.config.items() if name not in NOT_COMPARED}, self.made_of])
+    def setting(self, by_code: bool) -> str:
+        """Return what runs of one setting have in common. by_code: the text of the modules too."""
+        settings = {name: value for name, value in self.config.items() if name not in NOT_COMPARED}
+        return repr([settings, self.made_of, by_code and self.modules])
 
 
 def read_run(folder: Path) -> Run | None:
@@ -68,16 +67,6 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def image_error(before: np.ndarray, after: np.ndarray) -> float:
-    """Return the standard error of a difference of accuracies in points, of the same N images.
-
-    before, after: (N,) the fraction of a setting's networks that got each image right. With one network each, this is
-    sqrt(b + c - (c - b)^2 / N) / N of McNemar's counts b and c of the images that only one of the two got right
-    (Agresti 2013, Categorical Data Analysis, section 11.1).
-    """
-    return 100 * np.std(after - before).item() / math.sqrt(len(before))
-
-
 def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
     """Return which of two networks is better on the same images, by the exact test of McNemar's counts."""
     losses, wins = int((before > after).sum()), int((after > before).sum())
@@ -87,22 +76,17 @@ def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
     return f"{said}. One run each: a seed alone can do this; repeat with --seed 1"
 
 
-def verdict(before: Sequence[float], after: Sequence[float]) -> str:
-    """Return "helped", "hurt" or "no difference", from the accuracies of 2 or more seeds of each of two settings.
+def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
+    """Return whether it helped, from the accuracies of 2 or more seeds of each of two settings.
 
     Student's t with pooled variance, two-sided, at 5 %: two groups of one setting are told apart in 5 % of cases.
     """
-    if np.std(before) + np.std(after) == 0:
-        return "no difference"  # that can be judged: seeds that agree exactly say nothing of other seeds
-    if stats.ttest_ind(after, before).pvalue >= 0.05:
-        return "no difference"
-    return "helped" if np.mean(after) > np.mean(before) else "hurt"
-
-
-def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
-    """Return whether it helped, with the interval in which the difference lies with 95 % confidence."""
-    found, interval = verdict(before, after), stats.ttest_ind(after, before).confidence_interval(0.95)
-    said = f"no difference that {len(before)} + {len(after)} seeds can show" if "no" in found else f"it {found}"
+    if np.ptp(before) + np.ptp(after) == 0:
+        return "no difference that can be judged: seeds that agree exactly say nothing of other seeds"
+    test, said = stats.ttest_ind(after, before), f"no difference that {len(before)} + {len(after)} seeds can show"
+    if test.pvalue < 0.05:
+        said = "it helped" if np.mean(after) > np.mean(before) else "it hurt"
+    interval = test.confidence_interval(0.95)
     return f"{said} (95 % interval {interval.low:+.2f} to {interval.high:+.2f}, Student's t)"
 
 
@@ -114,12 +98,14 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
             print(f"The code of {run.name} differs from that of {runs[0].name}: {', '.join(changed)}")
     settings: dict[str, dict[int, Run]] = {}  # of each, its runs by seed
     for run in runs:
-        if len(run.rows) == run.config["epochs"]:  # a run that is not finished is in the table only
-            group, seed = settings.setdefault(run.setting + repr(run.modules) * by_code, {}), run.config["seed"]
-            if seed in group:
-                said = f"{group[seed].name} has its setting and seed (--by-code tells code apart)"
-                print(f"{run.name} is not counted: {said}")
-            group.setdefault(seed, run)
+        if len(run.rows) < run.config["epochs"]:
+            print(f"{run.name} is not counted: it is not finished")
+            continue
+        group, seed = settings.setdefault(run.setting(by_code), {}), run.config["seed"]
+        if seed in group:
+            said = f"{group[seed].name} has its setting and seed (--by-code tells code apart)"
+            print(f"{run.name} is not counted: {said}")
+        group.setdefault(seed, run)
     groups = [list(group.values()) for group in settings.values()]
     for number, group in enumerate(groups, start=1):
         accuracies = [run.rows[-1]["valid_accuracy"] for run in group]
@@ -127,27 +113,29 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
         names = ", ".join(run.name for run in group)
         print(f"\nSetting {number}: {names}\n  valid acc {np.mean(accuracies):.2f} %{spread}")
         if number == 1:
-            first = group
+            first, base = group, accuracies
         elif any(run.images != first[0].images for run in [*first, *group]):
             print("  not compared: its validation images are others")
         else:
             before, after = (np.mean([run.right for run in each], axis=0) for each in (first, group))
-            error = f"± {image_error(before, after):.2f} (standard error of the {len(before):,} images)"
-            print(f"  {100 * (after.mean() - before.mean()):+.2f} points to setting 1, {error}")
+            error = 100 * stats.sem(after - before, ddof=0)  # McNemar's: Agresti 2013, section 11.1
+            difference = f"{100 * (after.mean() - before.mean()):+.2f} points to setting 1"
+            print(f"  {difference}, ± {error:.2f} (standard error of the {len(before):,} images)")
             if len(first) == len(group) == 1:
                 print(f"  {one_run_each(first[0].right, group[0].right)}")
             elif min(len(first), len(group)) == 1:
                 print("  one run of one setting: a seed alone can do this; repeat that setting with --seed 1")
             else:
-                print(f"  {several_runs_each([100 * run.right.mean() for run in first], accuracies)}")
+                print(f"  {several_runs_each(base, accuracies)}")
 
 
-def plot_runs(runs: Sequence[Run]) -> Figure:
+def plot_runs(runs: Sequence[Run], by_code: bool = False) -> Figure:
     """Return the curves of all runs over each other, one colour for each setting; training is dashed."""
-    figure, settings = Figure(figsize=(12, 4.5), layout="constrained"), list(dict.fromkeys(run.setting for run in runs))
+    figure, settings = Figure(figsize=(12, 4.5), layout="constrained"), [run.setting(by_code) for run in runs]
+    colors = {setting: f"C{number % 10}" for number, setting in enumerate(dict.fromkeys(settings))}
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for run in runs:
-            look = {"color": f"C{settings.index(run.setting) % 10}", "alpha": 0.8, "marker": "." * (len(run.rows) < 2)}
+        for run, setting in zip(runs, settings, strict=True):
+            look = {"color": colors[setting], "alpha": 0.8, "marker": "." * (len(run.rows) < 2)}
             for part, style in (("train", "--"), ("valid", "-")):
                 values = {row["epoch"]: row[f"{part}_{name}"] for row in run.rows}
                 axes.plot(values.keys(), values.values(), style, label=run.name if part == "valid" else None, **look)
@@ -176,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     compare(runs, arguments.by_code)
     path = folders[0].parent / "compare.png"
     try:
-        plot_runs(runs).savefig(path, dpi=100)
+        plot_runs(runs, arguments.by_code).savefig(path, dpi=100)
         print(f"\nThe curves are in {path}")
     except Exception as error:
         print(f"warning: the curves cannot be drawn ({error})", file=sys.stderr)

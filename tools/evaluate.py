@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -72,7 +71,7 @@ def compute_outputs(
 
 
 def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None = None) -> torch.dtype:
-    """Return what to compute in: the precision given, else that of the training if the device has it."""
+    """Return what to compute in: the precision given, else that of the training; for float16 off CUDA, "auto"."""
     trained = checkpoint["config"]["precision"]
     fits = trained != "float16" or device.type == "cuda"
     return DTYPES[choose_precision(precision or (trained if fits else "auto"), device)]
@@ -88,7 +87,7 @@ def check_classes(checkpoint: dict, class_names: list[str]) -> None:
 def load_test_images(checkpoint: dict, dataset: str | None = None, data_dir: str | None = None) -> ImageDataset:
     """Return a dataset's test images, by default of the one trained on. Raises UsageError for other classes."""
     settings = checkpoint["config"]
-    place, size = os.path.expanduser(data_dir or settings["data_dir"]), settings.get("image_size", 32)
+    place, size = data_dir or settings["data_dir"], settings.get("image_size", 32)
     _, test, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
     check_classes(checkpoint, class_names)
     return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))

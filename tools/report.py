@@ -24,7 +24,7 @@ from dataset import ImageDataset, load_datasets, make_loader
 from parts.command_line import in_one_line
 from parts.run import LAST, resumed_config
 from tools.evaluate import check_classes, choose_dtype, compute_outputs, load_network
-from utils import choose_device, load_checkpoint
+from utils import choose_device, load_checkpoint, set_numerics
 
 PICTURES = {  # of report.md, with their titles
     "curves.png": "Curves",
@@ -181,7 +181,9 @@ def of_each_class(labels: torch.Tensor, count: int) -> list[int]:
     return [index for _, _, index in sorted(turns)[:count]]
 
 
-def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto", net: Callable | None = None) -> None:
+def report(
+    run_dir: str | Path, data_dir: str | None = None, device: str | None = None, net: Callable | None = None
+) -> None:
     """Write a run's pictures into its folder, and report.md, which shows them.
 
     The network, made by `net`, is the one to test: that of the last epoch or, if held-out images chose it, of the best.
@@ -193,7 +195,8 @@ def report(run_dir: str | Path, data_dir: str | None = None, device: str = "auto
     if not last["metrics"]:
         raise UsageError(f"{folder}: no epoch is finished yet")
     net, checkpoint = load_network(folder, net)
-    device = choose_device(device)
+    device = choose_device(device or config.device)
+    set_numerics(config.deterministic)
     train, _, test = load_datasets(config, last["mean"], last["std"])
     check_classes(last, test.class_names)
     loader, dtype = make_loader(test, config.batch_size), choose_dtype(checkpoint, device)
@@ -268,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m tools.report", description="Draw the pictures of a run, and report.md.")
     parser.add_argument("run_dir", metavar="RUN_DIR")
     parser.add_argument("--data-dir", help="where the images are (default: as in the training)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, mps, ... (default: as in the training)")
     report(**vars(parser.parse_args(argv)))
 
 
