@@ -135,6 +135,7 @@ def start(*argv: object, cwd: Path, before: tuple = (), program=ROOT / "train.py
     command = [sys.executable, *before, program, *map(str, argv)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'moments'}", **environment}
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored, if the tests run behind &
     return subprocess.Popen(command, cwd=cwd, env=environment, **options)
 
 
