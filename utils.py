@@ -1,6 +1,7 @@
 """What the training loop needs and nobody wants to read first: device, precision, seeds, meter, checkpoints."""
 
 import builtins
+import io
 import multiprocessing
 import os
 import sys
@@ -206,9 +207,10 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     Raises OSError if it cannot be written; the old file is still there then.
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # not that of another process that continues the same run
+    torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, content := io.BytesIO())
     try:
         with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, file)
+            file.write(content.getbuffer())  # torch.save into a file turns a full disk, and Ctrl-C, into a RuntimeError
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -199,11 +199,6 @@ def test_network_that_returns_probabilities_is_refused(net, loader):
         train_one_epoch(nn.Sequential(net, nn.Softmax(dim=1)), loader, make_optimizers(net, config))
 
 
-def test_epoch_of_one_step_is_told(cli, tiny, narrow, capsys):
-    assert cli(*flags(tiny, batch_size=150, epochs=1), "--no-report") == 0
-    assert "An epoch is one step: a smaller --batch-size learns faster." in capsys.readouterr().out
-
-
 def linear(num_classes, dropout):
     """A network of your own, for images of 40x40 pixels."""
     return nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(3 * 40 * 40, num_classes))

@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import re
+import resource
 import sys
 from dataclasses import replace
 from unittest.mock import Mock
@@ -94,7 +95,7 @@ def test_checkpoint_comes_back_and_torch_reads_it_too(checkpoint):
     assert equal(content, torch.load(checkpoint, weights_only=True))
 
 
-@pytest.mark.parametrize("step", ["builtins.open", "torch.save", "os.fsync", "os.replace"])
+@pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
 def test_checkpoint_that_cannot_be_written_stays_as_it_was(checkpoint, monkeypatch, step):
     before = load_checkpoint(checkpoint)
     with monkeypatch.context() as patch:
@@ -103,6 +104,16 @@ def test_checkpoint_that_cannot_be_written_stays_as_it_was(checkpoint, monkeypat
             save_checkpoint(checkpoint, {"epoch": 4})
     assert equal(load_checkpoint(checkpoint), before)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+def test_disk_that_fills_up_is_told_in_the_systems_words(checkpoint):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # bytes in a file
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(checkpoint, {"weights": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_missing_end_is_found_and_a_flipped_bit_is_found_or_changes_nothing(checkpoint):
