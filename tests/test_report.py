@@ -16,6 +16,7 @@ from config import UsageError, config
 from dataset import ImageDataset, make_augmentation
 from parts.images import draw_shapes
 from tests.conftest import flags
+from tools import pictures as plots
 from tools import report
 from utils import load_checkpoint, save_checkpoint
 
@@ -76,7 +77,7 @@ def test_run_that_is_going_on_or_was_killed_has_a_report_too(cli, tiny, narrow, 
 
 def test_picture_that_fails_is_one_line_and_the_others_are_drawn(finished, tmp_path, monkeypatch, capsys):
     shutil.copy(finished / "last.pt", tmp_path)
-    monkeypatch.setattr(report, "plot_confusions", lambda *args: [].index("a font\nthat is there"))
+    monkeypatch.setattr(plots, "plot_confusions", lambda *args: [].index("a font\nthat is there"))
     report.report(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: confusion_matrix.png cannot be drawn (ValueError: ")
@@ -85,7 +86,7 @@ def test_picture_that_fails_is_one_line_and_the_others_are_drawn(finished, tmp_p
 
 def test_curves_show_training_and_validation():
     row = {"learning_rate": 0.1, "train_loss": 3.0, "train_accuracy": 10.0, "valid_loss": 2.0, "valid_accuracy": 20.0}
-    figure = report.plot_curves([{"epoch": 1, **row}, {"epoch": 2, **row, "valid_loss": 1.0}])
+    figure = plots.plot_curves([{"epoch": 1, **row}, {"epoch": 2, **row, "valid_loss": 1.0}])
     lines = [{line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in figure.axes]
     accuracies = {"train accuracy": [10, 10], "valid accuracy": [20, 20]}
     assert lines == [{"train loss": [3, 3], "valid loss": [2, 1]}, accuracies, {"learning rate": [0.1, 0.1]}]
@@ -93,28 +94,28 @@ def test_curves_show_training_and_validation():
 
 def test_confusions_are_counted_true_by_predicted():
     labels, predictions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 0, 0, 2])
-    counts = report.count_confusions(labels, predictions, 3)
+    counts = plots.count_confusions(labels, predictions, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [2, 0, 1]]
-    figure = report.plot_confusions(counts, ["cat", "dog", "eel"])
+    figure = plots.plot_confusions(counts, ["cat", "dog", "eel"])
     assert texts(figure) >= {"cat  50.0 %", "dog  100.0 %", "eel  33.3 %"}
 
 
 def test_class_names_of_any_bytes_are_drawn_as_they_are(tmp_path):
     names, net = ["$\\a$", "\udcff", "_"], nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 3))
-    figures = [report.plot_mistakes(net, shapes(names), torch.full((30, 3), -1.1))]
-    figures += [report.plot_confusions(torch.eye(3).long(), names), report.plot_augmentations(shapes(names))]
+    figures = [plots.plot_mistakes(net, shapes(names), torch.full((30, 3), -1.1))]
+    figures += [plots.plot_confusions(torch.eye(3).long(), names), plots.plot_augmentations(shapes(names))]
     for figure in figures:
         figure.savefig(tmp_path / "picture.png")
         assert all(name in " ".join(texts(figure)) for name in ("$\\a$", "\\udcff"))
 
 
 def test_mistakes_are_the_most_confident_first(net):
-    assert "Mistakes: 0 in 30 images" in " ".join(texts(report.plot_mistakes(net, shapes(), RIGHT.log())))
+    assert "Mistakes: 0 in 30 images" in " ".join(texts(plots.plot_mistakes(net, shapes(), RIGHT.log())))
     probabilities = RIGHT.clone()
     for index, confidence, prediction in ((12, 0.7, 3), (20, 0.9, 1), (3, 0.6, 4)):
         probabilities[index] = (1 - confidence) / 9
         probabilities[index, prediction] = confidence
-    figure = report.plot_mistakes(net, shapes(), probabilities.log())
+    figure = plots.plot_mistakes(net, shapes(), probabilities.log())
     titles = [title for axes in figure.axes if (title := axes.get_title(loc="left"))]
     assert titles == [f"class {k} {p} %\ntrue: class {t}" for k, p, t in ((1, 90, 0), (3, 70, 2), (4, 60, 3))]
     assert np.array_equal(shown(figure)[0][0], shapes().images[20])
@@ -126,7 +127,7 @@ def test_heat_maps_are_from_0_to_1_where_the_image_speaks_for_the_class():
     weight = torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]])  # class 0 is red, and not green; class 1 green, not red
     net.blocks[0].weight.data = weight[..., None, None].repeat(1, 1, 4, 4)
     image[0, :12, :12], image[1, 20:, 20:] = 1, 0.1
-    maps = report.explain(net, torch.stack([image, image]), torch.tensor([0, 1]))
+    maps = plots.explain(net, torch.stack([image, image]), torch.tensor([0, 1]))
     assert torch.equal(maps, maps.clamp(0, 1))
     expected = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # of each class: upper left, lower right
     torch.testing.assert_close(maps[:, [4, 27], [4, 27]], expected)
@@ -135,7 +136,7 @@ def test_heat_maps_are_from_0_to_1_where_the_image_speaks_for_the_class():
 def test_augmentations_are_those_that_the_epochs_train_on():
     images = shapes()
     assert report.of_each_class(torch.tensor([0, 0, 0, 0, 1, 1, 2]), 5) == [0, 4, 6, 1, 5]  # the classes in turn
-    row = [picture for (picture,) in shown(report.plot_augmentations(images, count=2))[10:]]  # the first of class 1
+    row = [picture for (picture,) in shown(plots.plot_augmentations(images, count=2))[10:]]  # the first of class 1
     assert np.array_equal(row, [images.images[1], *(images.augment(epoch, [1])[0] for epoch in range(1, 10))])
 
 

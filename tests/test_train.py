@@ -139,15 +139,16 @@ def test_run_prints_the_specifications_log_and_leaves_its_numbers_in_a_new_folde
     assert out.splitlines()[-1] == end  # the test images chose the epoch: they test nothing any more
 
 
-def test_settings_reach_the_training(cli, tiny, narrow):
+def test_settings_reach_the_training(cli, tiny, narrow, capsys):
     changes = [{}, {"seed": 1}, {"label_smoothing": 0.0}, {"dropout": 0.2}, {"precision": "bfloat16"}]
     changes += [{"optimizer": "sgd"}, {"learning_rate": 0.1}, {"schedule": "cosine"}, {"weight_decay": 1.0}]
-    changes += [{"sgd_weight_decay": 0.5}, {"momentum": 0.5}, {"nesterov": False}, {"batch_size": 30}]
+    changes += [{"sgd_weight_decay": 0.5}, {"momentum": 0.5}, {"nesterov": False}, {"batch_size": 150}]
     losses = set()
     for number, change in enumerate(changes):
         assert cli(*flags(tiny, epochs=1, **change, run_dir=f"run {number}"), "--no-report") == 0
         losses.add(load_checkpoint(f"run {number}/last.pt")["metrics"][0]["train_loss"])
     assert len(losses) == len(changes)
+    assert "An epoch is one step: a smaller --batch-size learns faster." in capsys.readouterr().out  # all 150 images
 
 
 def test_plateau_is_torchs_by_the_validation(cli, tiny, narrow, monkeypatch):
