@@ -23,7 +23,7 @@ class ImageDataset(Dataset):
     """Images in memory, normalized as they are read.
 
     `dataset[i]` is (image, label), a float32 tensor (3, 32, 32) and an int; `dataset[[i, j, ...]]` is a whole batch,
-    images (N, 3, 32, 32) in channels_last and labels (N,), normalized together in a fifth of the time;
+    images (N, 3, 32, 32) in channels_last and labels (N,), normalized together, which is several times faster;
     `dataset[epoch, [i, j, ...]]` is the batch as that epoch augments it.
 
     images (N, 32, 32, 3) uint8, RGB; labels (N,) int64. mean, std: of each channel, for pixels of 0..1.
@@ -105,16 +105,15 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and standard deviation of each channel of (N, H, W, 3) uint8 images, for pixels of 0..1."""
-    mean, std = (values[:, 0] / 255 for values in cv2.meanStdDev(images.reshape(-1, 1, 3)))  # as one tall image
-    std[std == 0] = 1  # of a constant channel, which will be divided by it
-    return tuple(mean.tolist()), tuple(std.tolist())
+    parts = [cv2.meanStdDev(image) for image in images]  # of each alone: OpenCV counts pixels in 32 bits
+    means, stds = np.array(parts)[..., 0].swapaxes(0, 1)  # each (N, 3)
+    mean, std = means.mean(axis=0), np.sqrt((stds**2).mean(axis=0) + means.var(axis=0))  # within images and between
+    std[std == 0] = 255  # of a constant channel, which will be divided by it
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
 def stratified_sample(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Return which images are drawn, (N,) bool: `fraction` of each class, rounded; always the same ones, for any seed.
-
-    So runs of several seeds are trained and judged on the same images.
-    """
+    """Return which images are drawn, (N,) bool: `fraction` of each class, rounded; the same ones for all seeds."""
     rng = np.random.default_rng(0)
     drawn = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -193,7 +192,7 @@ def start_worker(worker: int) -> None:
     """Set up a process that augments: the main process alone answers Ctrl-C, and ends its workers without a word."""
     cv2.setNumThreads(0)  # OpenCV's own threads would fight the other workers for the cores
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))  # any other end, torch takes for a crash
+    signal.signal(signal.SIGTERM, lambda signum, frame: os._exit(0))  # torch reports any other exit as a crash
 
 
 def make_loader(

@@ -76,7 +76,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step on a batch; return (mean loss, without smoothing, and outputs (N, num_classes)) from before it.
+    """Take one step on a batch; return (mean loss, without smoothing, outputs (N, num_classes)) of before the update.
 
     net returns log-probabilities or logits: cross_entropy is right for both, for it normalizes, which leaves
     log-probabilities as they are. Its layers are computed in dtype; scaler is for float16.
@@ -159,8 +159,8 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
     }
 
 
-def main(config: Config, resume: bool = False, net: Callable | None = None) -> None:
-    """Train as the config says. resume: continue the run in config.run_dir. net: makes another network than Net."""
+def main(config: Config, resume: bool = False, net: Callable | None = None) -> list[dict]:
+    """Train as the config says; return the rows of metrics.csv. resume: continue the run. net: makes another one."""
     check(config)
     asked, config = config, resolve(config)  # device, precision, workers are facts from here on
     device, dtype, (rank, world_size) = torch.device(config.device), DTYPES[config.precision], rank_and_size()
@@ -204,6 +204,7 @@ def main(config: Config, resume: bool = False, net: Callable | None = None) -> N
         net.load_state_dict(run.best_weights())
         test = validate(net, batches(data.test), dtype, "Test")
         print(f"Test Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}")
+    return history
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from config import Config, UsageError, check, config
 from parts.distributed import of_first, process_group
 from parts.run import describe_progress, resumed_config
-from utils import new_run_dir
+from utils import new_run_dir, rank_and_size
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -65,8 +65,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
         settings = replace(config, **{**settings, "run_dir": config.run_dir, **given})
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{arguments.config} cannot be read as a JSON object of settings ({error})") from None
-    run_dir = os.path.expanduser(settings.run_dir or new_run_dir())
-    return replace(settings, run_dir=run_dir), False, arguments.report
+    return replace(settings, run_dir=os.path.expanduser(settings.run_dir or new_run_dir())), False, arguments.report
 
 
 def _stop(signum: int, frame: object) -> None:
@@ -99,20 +98,21 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     except Exception as error:
         code, message = 1, f"stopped by {type(error).__name__}"
         print(traceback.format_exc(), file=sys.__stderr__, flush=True)
-    # Only here: by now the exception is gone, and with its frames the bars and the workers that they held.
+    # Only here: the exception is freed by now, which has closed the bars and ended the workers of its frames.
     for number in STOPS:  # the program is ending already
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):  # torch's alarm at the end of a worker; not on Windows
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if progress is not None and code != 2:
         message += f"; {progress(resumable)}"
-    print(f"{program}: {message}", file=sys.stderr, flush=True)
+    told = sys.stderr if rank_and_size()[0] == 0 or code != 1 else sys.__stderr__  # another process may fail alone
+    print(f"{program}: {message}", file=told, flush=True)
     if dist.is_initialized():
         os._exit(code)  # nccl's own shutdown would wait for the other processes
     sys.exit(code)
 
 
-def run(main: Callable[..., None], report: Callable[[str], None]) -> None:
+def run(main: Callable, report: Callable[[str], None]) -> None:
     """Train as the command line asks, by main(config, resume); then, for decoration only, call report(run_dir)."""
     if hasattr(builtins, "__IPYTHON__"):
         sys.exit("train.py: in a notebook, start it in a process of its own: !python train.py")

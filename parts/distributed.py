@@ -42,14 +42,14 @@ def of_first(value: object) -> object:
 def share_training(net: nn.Module, batch_size: int) -> nn.Module:
     """Return the network to train: itself, or of several processes one that averages their gradients at each step.
 
-    On CUDA, BatchNorm2d becomes SyncBatchNorm, which refuses CPUs. find_unused_parameters keeps the order of the sums,
-    which torch else changes after its first step: a resumed run of three processes would differ in the last bits.
+    On CUDA, BatchNorm2d becomes SyncBatchNorm, which refuses CPUs. Without find_unused_parameters, torch reorders
+    the sums of gradients after the first step, and a resumed run of three processes would differ in the last bits.
     """
     if not dist.is_initialized():
         return net
     if batch_size % dist.get_world_size():
         raise UsageError(f"batch_size {batch_size} must be a multiple of the number of processes")
-    warnings.filterwarnings("ignore", message="find_unused_parameters")  # that there are none
+    warnings.filterwarnings("ignore", message="find_unused_parameters")  # says that none is unused
     if next(net.parameters()).device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return DistributedDataParallel(net, find_unused_parameters=True)

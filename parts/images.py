@@ -3,6 +3,7 @@
 import contextlib
 import io
 import pickle
+import re
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from config import UsageError
 
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
+HIDDEN = re.compile(r"\.|(thumbs\.db|desktop\.ini|__macosx)$", re.IGNORECASE)  # names of what is no image
 
 
 def load_source(name: str, data_dir: str | Path, size: int = 32, test_only: bool = False) -> Source:
@@ -66,13 +68,13 @@ def load_folder(data_dir: Path, size: int = 32, test_only: bool = False) -> Sour
 
 def _read_classes(folders: dict[str, Path], size: int) -> Split:
     files = [(label, folder / name) for label, folder in enumerate(folders.values()) for name in _visible(folder)]
-    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes without Python's lock
-        reads = [pool.submit(read_image, file, size) for _, file in files]
-        bar = tqdm(reads, "Reading", disable=None, leave=False, dynamic_ncols=True)
-        errors = [str(read.exception()) for read in bar if read.exception()]
+    with ThreadPoolExecutor() as pool, contextlib.ExitStack() as end:  # threads: Pillow decodes without Python's lock
+        end.callback(pool.shutdown, cancel_futures=True)  # at Ctrl-C, those that have not begun
+        jobs = [pool.submit(read_image, file, size) for _, file in files]
+        errors = [str(job.exception()) for job in tqdm(jobs, "Reading", disable=None, leave=False) if job.exception()]
     if errors:
         raise UsageError("; ".join(errors[:10]) + (f"; and {len(errors) - 10} more" if errors[10:] else ""))
-    return np.stack([read.result() for read in reads]), np.array([label for label, _ in files], dtype=np.int64)
+    return np.stack([job.result() for job in jobs]), np.array([label for label, _ in files], dtype=np.int64)
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
@@ -87,12 +89,11 @@ def _class_folders(folder: Path) -> dict[str, Path]:
 def _visible(folder: Path) -> list[str]:
     """Return the sorted names in a folder; raise UsageError if it cannot be read or is empty."""
     try:
-        names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        names = sorted(path.name for path in folder.iterdir() if not HIDDEN.match(path.name))
     except OSError as error:
         layout = "--dataset folder reads DATA_DIR/train/CLASS/IMAGE and DATA_DIR/test/CLASS/IMAGE"
         layout += " (--valid-split only divides train, it does not stand in for test)" * (folder.name == "test")
         raise UsageError(f"{folder} cannot be read as a folder ({error.strerror}): {layout}") from None
-    names = [name for name in names if name.lower() not in ("thumbs.db", "desktop.ini", "__macosx")]
     if not names:
         raise UsageError(f"{folder} is empty: each class needs images")
     return names
@@ -101,8 +102,6 @@ def _visible(folder: Path) -> list[str]:
 def read_image(path: str | Path, size: int = 32) -> np.ndarray:
     """Return the (first) image in a file that Pillow reads as (size, size, 3) uint8, RGB. Raises UsageError."""
     try:
-        if Path(path).exists() and not Path(path).is_file():  # opening a pipe would wait for ever
-            raise ValueError("not a file")
         with Image.open(path) as image:
             return resize_image(image, size)
     except Exception as error:  # Pillow's decoders may raise anything at a damaged file
@@ -123,7 +122,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
         raise UsageError(f"pixels of mode {image.mode} have no fixed range")
-    # Tags: 258 bits of a value; 262 is 0 if white is zero; 338 says what a fourth band is.
+    # Tags: 258, bits of a value; 262, 0 if white is zero; 338, what a fourth band means.
     deep = max(tags.get(258, [8])) > 8 and (image.mode[0] != "I" or tags[262] == 0)
     if form == "TIFF" and (deep or (image.mode == "RGBA" and 338 not in tags)):
         raise UsageError("a TIFF of a rare kind: save it as one of 8 bits, or as PNG")
@@ -174,6 +173,5 @@ def draw_shapes(count: int, rng: np.random.Generator) -> Split:
     background = 0.6 * rng.random((count, 1, 1, 3))
     figure = background + 0.25 + 0.15 * rng.random((count, 1, 1, 3))
     pictures = np.where(inside[..., None], figure, background)
-    flipped = rng.random((count, 1, 1, 1)) < 0.5  # about half are dark on bright
-    pictures = np.where(flipped, 1 - pictures, pictures) + 0.3 * (rng.random(pictures.shape) - 0.5)
-    return (255 * pictures.clip(0, 1)).astype(np.uint8), labels
+    pictures = np.where(rng.random((count, 1, 1, 1)) < 0.5, 1 - pictures, pictures)  # about half are dark on bright
+    return (255 * (pictures + 0.3 * (rng.random(pictures.shape) - 0.5)).clip(0, 1)).astype(np.uint8), labels

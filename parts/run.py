@@ -30,7 +30,7 @@ class Run:
     """A run in its folder: `restore` begins or continues it, `save` writes an epoch. last.pt is its only truth."""
 
     def __init__(self, asked: Config, config: Config, data: Sequence, net: nn.Module, origin: dict):
-        """Note what the run is made of: asked, its settings as they were given; config, as they became; origin."""
+        """Note what the run is made of: asked, its settings as given; config, with "auto" resolved; origin."""
         self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
         self.rank, processes = rank_and_size()
         arguments = getattr(net, "arguments", None) or arguments_of(config, train.class_names)
@@ -76,8 +76,6 @@ class Run:
         if self.rank == 0:
             save_checkpoint(last, checkpoint | self.facts)  # what may change has changed from here on
             self._follow(checkpoint | self.facts)
-            if self.facts["config"]["valid_split"] > 0 and checkpoint["metrics"]:
-                load_checkpoint(best)  # it is tested at the run's end: if it is gone, now is the time to say so
         return checkpoint["metrics"]
 
     def save(self, rows: list, net: nn.Module, optimizers: Sequence, scaler, right: torch.Tensor | None = None) -> None:
@@ -148,6 +146,8 @@ def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None
     arguments = {"num_classes": len(class_names), "dropout": config.dropout}
     if origin is None:
         return arguments
+    if (made := origin.get("network", ["", " Net"])[1].strip()) != "Net":
+        raise UsageError(f"the weights are of a network of your own ({made}): pass it to main as net=")
     table = origin.get("arguments", {"activation": config.activation})
     if (learnt := table.get("activation", "relu")) != config.activation:
         raise UsageError(f"activation must be {learnt}, with which the weights were learnt, not {config.activation}")

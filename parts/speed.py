@@ -28,8 +28,8 @@ def faster_step(step: Callable, net: nn.Module, config: Config) -> Callable:
 class RecordedStep:
     """A training step that is recorded as a CUDA graph, then replayed: one launch by the CPU instead of some hundreds.
 
-    It is recorded once, for one network; Python code in it runs only that once. The first dozen steps are taken as they
-    are, while CUDA's libraries make their choices; so is any batch of another size. The next result overwrites it.
+    It is recorded once, for one network; Python code in it runs only that once. The first dozen steps, in which CUDA's
+    libraries make their choices, and batches of another size are not recorded. The next step overwrites the result.
     Source: Nguyen et al. 2021, https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs.
     """
 

@@ -78,13 +78,17 @@ def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, mo
     ("tool", "names", "words"),
     [
         ("evaluate", ["old.pt"], "old.pt is not of format"),
+        ("evaluate", ["own.pt"], "MyNet: give net=MyNet"),
         ("predict", ["last.pt", "a.png"], "1 of 1 images cannot be read"),
+        ("predict", ["last.pt", "empty"], "empty is empty"),
         ("report", ["begun"], "begun: no epoch is finished"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(finished, tmp_path, tool, names, words):
-    (tmp_path / "begun").mkdir()
+    for folder in ("begun", "empty"):
+        (tmp_path / folder).mkdir()
     changes = {"last.pt": {}, "old.pt": {"format": "s8erav3-2"}, "begun/last.pt": {"epoch": 0, "metrics": []}}
+    changes["own.pt"] = {"network": ["", " MyNet"]}  # a subclass of Net may fit its weights, and mean another network
     for name, change in changes.items():
         save_checkpoint(tmp_path / name, load_checkpoint(finished / "last.pt") | change)
     command = [sys.executable, "-m", f"tools.{tool}", *(tmp_path / name for name in names)]

@@ -45,9 +45,10 @@ def shown(figure):
     return [[image.get_array() for image in axes.images] for axes in figure.axes if axes.images]
 
 
-def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, tmp_path):
-    shutil.copy(finished / "last.pt", tmp_path)  # which is all that it needs
+def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, tmp_path, capsys):
+    save_checkpoint(tmp_path / "last.pt", load_checkpoint(finished / "last.pt") | {"images": []})  # all that it needs
     report.main([str(tmp_path), "--device", "cpu"])
+    assert "warning: the images have changed" in capsys.readouterr().err
     page, last = (tmp_path / "report.md").read_text(), load_checkpoint(tmp_path / "last.pt")["metrics"][-1]
     assert page.startswith(f"# folder: {last['valid_accuracy']:.2f} % of 50 test images\n")
     assert f"| 2 of 2 | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {last['valid_loss']:.4f} |" in page

@@ -171,16 +171,6 @@ def test_another_run_is_refused_and_nothing_written(cli, copy_of_finished, monke
     assert files(copy_of_finished) == before
 
 
-def test_missing_best_checkpoint_of_held_out_images_is_refused_at_once(cli, tiny, narrow, refusal):
-    assert cli(*flags(tiny, valid_split=0.2, schedule="constant", run_dir="run"), "--no-report") == 0
-    Path("run/best.pt").unlink()
-    rows = load_checkpoint("run/last.pt")["metrics"]
-    rewrite("run", metrics=[{**rows[0], "valid_accuracy": 100.0}, rows[1]])  # it was that of the first epoch
-    assert cli("--resume", "run", "--epochs", 3, "--no-report") == 2
-    assert "best.pt is not there" in refusal()
-    assert load_checkpoint("run/last.pt")["epoch"] == 2
-
-
 def test_run_knows_what_made_it_and_says_what_changed_since(cli, short, capsys, monkeypatch):
     (maker,) = load_checkpoint("run/last.pt")["made_by"]
     assert maker["modules"]["model.py"] == (ROOT / "model.py").read_text()
@@ -201,6 +191,9 @@ def test_run_begins_with_weights_and_needs_their_file_no_more(cli, short, finish
     argv = [*short, "--weights", "weights.pt", "--schedule", "constant", "--learning-rate", "1e-9"]
     assert cli(*argv, "--activation", "relu") == 2
     assert "activation must be silu, with which the weights were learnt, not relu" in refusal()
+    save_checkpoint("own.pt", origin | {"network": ["", " MyNet"]})
+    assert cli(*argv, "--weights", "own.pt") == 2
+    assert "the weights are of a network of your own (MyNet)" in refusal()
     assert cli(*argv, "--epochs", 1, "--run-dir", "tuned") == 0
     assert "begins anew" not in capsys.readouterr().out
     tuned = load_checkpoint("tuned/last.pt")

@@ -213,10 +213,13 @@ def wide(num_classes, dropout):
 def test_network_of_your_own_trains_resumes_and_is_judged(net, size, activation, tiny, tmp_path, capsys):
     settings = replace(tiny, run_dir=str(tmp_path), schedule="constant", image_size=size)
     train.main(settings, net=net)
-    train.main(replace(settings, epochs=3), resume=True, net=net)
+    assert [row["epoch"] for row in train.main(replace(settings, epochs=3), resume=True, net=net)] == [1, 2, 3]
     assert load_checkpoint(tmp_path / "last.pt")["config"]["activation"] == activation  # the network's, if it has one
     evaluate(tmp_path, net=net)
     report(tmp_path, net=net)
     assert "warning" not in capsys.readouterr().err  # each picture is drawn, of a network without blocks too
     assert (tmp_path / "report.md").read_text().startswith("# folder: ")
     assert len(predict(tmp_path, [np.zeros((50, 50, 3), dtype=np.uint8)], net=net)) == 1
+    if size != 32:
+        with pytest.raises(UsageError, match="trained on 40x40 pixels: these images have 32"):
+            evaluate(tmp_path, dataset="shapes", net=net)

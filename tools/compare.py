@@ -18,7 +18,7 @@ from parts.command_line import in_one_line
 from parts.run import LAST
 from utils import load_checkpoint
 
-NOT_COMPARED = {"seed", "data_dir", "num_workers", "device"}  # runs that differ in these are of one setting
+IGNORED = {"seed", "data_dir", "num_workers", "device"}  # runs that differ in these are of one setting
 
 
 class Run(NamedTuple):
@@ -34,7 +34,7 @@ class Run(NamedTuple):
 
     def setting(self, by_code: bool) -> str:
         """Return what runs of one setting have in common. by_code: the text of the modules too."""
-        settings = {name: value for name, value in self.config.items() if name not in NOT_COMPARED}
+        settings = {name: value for name, value in self.config.items() if name not in IGNORED}
         return repr([settings, self.made_of, by_code and self.modules])
 
 
@@ -91,7 +91,7 @@ def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
 
 
 def compare(runs: Sequence[Run], by_code: bool = False) -> None:
-    """Print the table, and each setting's repetitions and difference to the first. by_code: other code divides."""
+    """Print the table, and each setting's repetitions and difference to the first. by_code: see Run.setting."""
     print(table(runs))
     for run in runs[1:]:
         if changed := sorted(name for name, text in run.modules.items() if runs[0].modules.get(name) != text):

@@ -42,6 +42,8 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):
             arguments = checkpoint["arguments"]
+            if net is None and (made := checkpoint.get("network", ["", " Net"])[1].strip()) != "Net":
+                raise ValueError(f"{made}: give net={made}")
             if net:  # as in the training
                 arguments = {name: arguments[name] for name in ("num_classes", "dropout")}
             net = (net or Net)(**arguments)
@@ -90,6 +92,8 @@ def load_test_images(checkpoint: dict, dataset: str | None = None, data_dir: str
     place, size = data_dir or settings["data_dir"], settings.get("image_size", 32)
     _, test, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
     check_classes(checkpoint, class_names)
+    if test[0].shape[1] != size:
+        raise UsageError(f"the network was trained on {size}x{size} pixels: these images have {test[0].shape[1]}")
     return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from config import UsageError
 from dataset import ImageDataset, make_loader
 from parts.command_line import in_one_line
-from parts.images import read_image, resize_image
+from parts.images import HIDDEN, read_image, resize_image
 from tools.evaluate import compute_outputs, load_network
 
 
@@ -69,6 +69,16 @@ def predict(checkpoint: str | Path, images: Sequence[Picture], net: Callable | N
     return predictions
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return the path itself or, of a folder, all files in it that are not hidden; raise UsageError if it has none."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
+    if files := [file for file in files if not any(map(HIDDEN.match, file.relative_to(path).parts))]:
+        return files
+    raise UsageError(f"{path} is empty: it needs images")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print a line for each image, also of folders: the three likeliest classes. Raises UsageError if one has none."""
     parser = argparse.ArgumentParser("python -m tools.predict", description="Print each image's likeliest classes.")
@@ -78,9 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     size = load_network(arguments.checkpoint)[1]["config"].get("image_size", 32)
     pictures, failed = {}, 0
     for path in arguments.paths:
-        for file in sorted(path.rglob("[!.]*")) if path.is_dir() else [path]:
+        for file in files_of(path):
             try:
-                pictures |= {} if file.is_dir() else {file: read_image(file, size)}
+                pictures[file] = read_image(file, size)
             except UsageError as error:
                 print(error, file=sys.stderr)
                 failed += 1

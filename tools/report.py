@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from config import UsageError
 from dataset import load_datasets, make_loader
 from parts.command_line import in_one_line
-from parts.run import LAST, resumed_config
+from parts.run import LAST, resumed_config, sha256
 from tools import pictures
 from tools.evaluate import check_classes, choose_dtype, compute_outputs, load_network
 from utils import choose_device, load_checkpoint, set_numerics
@@ -68,7 +68,9 @@ def report(
     net, checkpoint = load_network(folder, net)
     device = choose_device(device or config.device)
     set_numerics(config.deterministic)
-    train, _, test = load_datasets(config, last["mean"], last["std"])
+    train, _, test = data = load_datasets(config, last["mean"], last["std"])
+    if [sha256(dataset) for dataset in data] != last["images"]:
+        print("warning: the images have changed since this run was trained", file=sys.stderr)
     check_classes(last, test.class_names)
     loader, dtype = make_loader(test, config.batch_size), choose_dtype(checkpoint, device)
     log_probs = compute_outputs(net.to(device), loader, dtype, description="Report")
