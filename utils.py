@@ -183,7 +183,7 @@ def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor
     Without a terminal or a notebook there is no bar, but a loss that is not finite ends the epoch as soon. The average
     is this process's alone: each process looks at a time of its own, so none can wait there for another.
     """
-    shown = sys.stderr.isatty() or hasattr(builtins, "__IPYTHON__")
+    shown = (sys.stderr and sys.stderr.isatty()) or hasattr(builtins, "__IPYTHON__")
     form = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} {remaining}{postfix}"  # fits 80 columns
     non_blocking = meter.device.type == "cuda"  # elsewhere the memory may be given back before it is copied
     steps = len(meter.losses)

@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
             raise UsageError("--resume names the run's folder: leave out --run-dir")
         return resumed_config(os.path.expanduser(arguments.resume), given), True, arguments.report
     try:
-        settings = json.loads(Path(arguments.config).expanduser().read_text()) if arguments.config else {}
+        settings = json.loads(Path(arguments.config).expanduser().read_text()) if arguments.config is not None else {}
         settings = replace(config, **{**settings, "run_dir": config.run_dir, **given})
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{arguments.config} cannot be read as a JSON object of settings ({error})") from None

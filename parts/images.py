@@ -117,6 +117,8 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
     """
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
+    if form == "EPS":
+        raise UsageError("PostScript is a program, which is not run here: save it as PNG")
     image.load()  # before anything is suppressed: a damaged file must fail
     with contextlib.suppress(Exception):  # broken EXIF data, which only say how to turn the image
         image = ImageOps.exif_transpose(image)
@@ -133,13 +135,13 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         image = Image.fromarray(np.where(pixels == image.info.get("transparency"), 255, pixels >> 8).astype(np.uint8))
     if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         image = image.convert("RGB")  # viewers ignore opacity there, and many programs leave it at zero
+    image = image.convert("RGBA") if image.has_transparency_data else image
     if image.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in image.info:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
             mode = "RGBA" if image.mode == "RGBA" else "RGB"
             image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB").resize((size, size)))
 

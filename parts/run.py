@@ -157,11 +157,11 @@ def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None
 def what_makes(device: str) -> dict:
     """Return what makes a run here and now: its modules' text, git's commit, versions, device, command line."""
     root = Path(__file__).parent.parent
-    files = sorted([*root.glob("*.py"), *root.glob("parts/*.py")])
+    files = sorted([*root.glob("[!.]*.py"), *root.glob("parts/[!.]*.py")])
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse HEAD")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "albumentations")}
     return {
-        "modules": {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in files},
+        "modules": {str(path.relative_to(root)): path.read_text("utf-8", "replace") for path in files},
         "commit": "" if failed else commit,
         "versions": {"Python": platform.python_version(), "OpenCV": cv2.__version__, **versions},
         "device": device_name(torch.device(device)),

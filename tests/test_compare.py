@@ -26,8 +26,9 @@ def runs(finished, tmp_path):
         if images:
             last["images"][1] = images
         last["images"][0] = trained_on or last["images"][0]
-        if module:
-            last["made_by"][-1]["modules"]["train.py"] = module
+        if module:  # edited before a resume, which leaves two codes
+            (maker,) = last["made_by"]
+            last["made_by"] = [maker | {"modules": maker["modules"] | {"train.py": module}}, maker]
         save_checkpoint(folder / "last.pt", last)
         return folder
 

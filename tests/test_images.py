@@ -160,10 +160,12 @@ def halves(upper, lower):
 
 
 def test_transparent_is_white_and_sixteen_bits_are_scaled_to_eight(tmp_path, capsys):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for upper, lower, options, seen in (
         (np.uint8([9, 9, 9, 0]), np.uint8([9, 9, 9, 255]), {}, 9),
         (np.uint8(0), np.uint8(200), {"mode": "P", "transparency": 0}, 200),
         (np.uint16(1), np.uint16(40_000), {"transparency": 1}, 156),
+        (np.uint8([9] * 3), np.uint8([8] * 3), {"transparency": (9, 9, 9), "icc_profile": srgb}, 8),
     ):
         assert np.array_equal(saved(tmp_path, halves(upper, lower), **options), halves([255] * 3, [seen] * 3))
     assert capsys.readouterr().err == ""
@@ -194,7 +196,9 @@ def test_what_can_only_be_read_wrongly_is_refused_with_the_way_out(tmp_path):
     grey = Image.fromarray(np.full((8, 8), 9_000, dtype=np.uint16))
     grey.save(tmp_path / "negative.tif", tiffinfo={262: 0})  # white is zero
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    for name, words in (("negative.tif", "rare kind: save it as"), ("phone.heic", "pillow-heif: convert it to JPEG")):
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.jpg", format="EPS")
+    names = {"negative.tif": "rare kind: save it as", "phone.heic": "pillow-heif: convert", "program.jpg": "a program"}
+    for name, words in names.items():
         with pytest.raises(UsageError, match=f"{name} cannot be read as an image .+{words}"):
             read_image(tmp_path / name)
 

@@ -51,9 +51,7 @@ def test_what_is_no_list_of_images_is_refused_in_one_line(finished, pixels, tmp_
         assert "\n" not in str(error.value)
 
 
-def test_command_prints_the_three_likeliest_classes_of_images_and_folders_though_one_cannot_be_read(
-    finished, pictures, tmp_path, capsys
-):
+def test_command_prints_three_classes_of_each_image_though_one_cannot_be_read(finished, pictures, tmp_path, capsys):
     bars = Path(shutil.copytree(pictures / "test" / "bar", tmp_path / "some" / "bar"))
     shutil.copytree(bars, tmp_path / "some" / ".hidden")
     for name in ("a.png", "Thumbs.db"):

@@ -101,12 +101,12 @@ def plain_epoch(net: nn.Module, loader: Iterable, device: str, optimizer: torch.
 @functools.cache  # made at the first call in the plain loop's process
 def plain_functions(options: Options) -> dict[str, Callable[[], None]]:
     """Return functions of the plain loop, each of which handles every image once, by the names of their rows."""
-    device, (split, _) = options.device, load_images(options)
+    device, (split, names) = options.device, load_images(options)
     augmented, plain = PlainImages(split, training=True), PlainImages(split, training=False)
     loader = DataLoader(augmented, BATCH_SIZE, shuffle=True, num_workers=2)
     test_loader = DataLoader(plain, BATCH_SIZE, num_workers=2)
     pipeline, plain_pipeline = DataLoader(augmented, BATCH_SIZE, shuffle=True), DataLoader(plain, BATCH_SIZE)
-    net = Net().to(device)
+    net = Net(num_classes=len(names)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
     return {
         "training": lambda: plain_epoch(net, loader, device, optimizer),
@@ -129,7 +129,7 @@ def our_functions(options: Options) -> dict[str, Callable[[], None]]:
     augmented = ImageDataset(*split, names, mean, std, make_augmentation(settings, mean))
     loader = make_loader(augmented, BATCH_SIZE, shuffle=True, num_workers=choose_workers(-1, device))
     pipeline, plain_pipeline = make_loader(augmented, BATCH_SIZE, shuffle=True), make_loader(plain, BATCH_SIZE)
-    net = Net().to(device, memory_format=torch.channels_last)
+    net = Net(num_classes=len(names)).to(device, memory_format=torch.channels_last)
     optimizers, dtype = make_optimizers(net, settings), DTYPES[options.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step = functools.partial(train_step, dtype=dtype, scaler=scaler)
@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, default in Options()._asdict().items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"({default})")
     options = Options(**vars(parser.parse_args(argv)))
+    if min(options.rounds, options.images) < 1:
+        raise UsageError("--rounds and --images must be above 0")
     check(replace(config, dataset=options.dataset, data_dir=options.data_dir, precision=options.precision))
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as plain:
         plain.submit(os.getpid).result()  # forked here, before torch has threads or CUDA, or the memory is kept

@@ -29,8 +29,8 @@ class Run(NamedTuple):
     rows: list[dict]  # of metrics.csv
     right: np.ndarray  # (N,) 0 or 1: which validation images the last epoch's network got right
     images: str  # SHA-256 of the validation images
-    made_of: list  # its layers and its table, its augmentation, SHA-256 of its training images and first weights
-    modules: dict[str, str]  # file -> its text
+    made_of: list  # layers, table, augmentation, number of processes, SHA-256 of training images and first weights
+    modules: dict[str, str]  # file -> its text; if it was edited before a resume, all its texts
 
     def setting(self, by_code: bool) -> str:
         """Return what runs of one setting have in common. by_code: the text of the modules too."""
@@ -44,9 +44,10 @@ def read_run(folder: Path) -> Run | None:
     if not checkpoint["metrics"]:
         print(f"{folder}: no epoch is finished yet")
         return None
-    modules = checkpoint["made_by"][-1]["modules"]
+    makers = [maker["modules"] for maker in checkpoint["made_by"]]  # of the first epoch, then of each resume
+    modules = {name: "".join(dict.fromkeys(maker.get(name, "") for maker in makers)) for name in makers[-1]}
     trained_on, judged_on, _ = checkpoint["images"]
-    made_of = [checkpoint["network"], checkpoint["augmentation"], trained_on, checkpoint["weights"]]
+    made_of = [trained_on, *(checkpoint[name] for name in ("network", "augmentation", "processes", "weights"))]
     rows, right = checkpoint["metrics"], checkpoint["right"].numpy()
     return Run(folder.name, checkpoint["config"], rows, right, judged_on, made_of, modules)
 
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the runs that the command line names."""
     parser = argparse.ArgumentParser("python -m tools.compare", description="Compare runs; the first is the base.")
     parser.add_argument("runs", metavar="RUN_DIR", nargs="*", type=Path, help="(default: all of runs/, newest last)")
-    parser.add_argument("--by-code", action="store_true", help="runs of other code are of another setting")
+    parser.add_argument("--by-code", action="store_true", help="runs whose modules differ are of other settings")
     arguments = parser.parse_args(argv)
     folders = [path.parent if path.suffix == ".pt" else path for path in arguments.runs]
     folders = [path for path in folders if not path.is_file()]  # runs/* names compare.png too

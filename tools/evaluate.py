@@ -21,23 +21,18 @@ from parts.run import BEST, LAST
 from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint to test: the path itself or, in a run's folder, best.pt if held-out images chose it."""
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        return path
-    held_out = load_checkpoint(path / LAST)["config"]["valid_split"] > 0
-    return path / (BEST if held_out else LAST)
-
-
 def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Module, dict]:
     """Return a checkpoint's network, made with the arguments that it was trained with, and the checkpoint.
 
+    path: of the checkpoint, or of a run, whose best.pt is taken if held-out images chose it, otherwise last.pt.
     net: makes it (default: Net). It is in evaluation mode, on the CPU. Raises UsageError, also for weights of another
     network, or that are NaN.
     """
-    path = find_checkpoint(path)
-    checkpoint = load_checkpoint(path)
+    path, settings = Path(path).expanduser(), {}
+    if path.is_dir():
+        settings = {"config": load_checkpoint(path / LAST)["config"]}  # a resume may have changed some since the best
+        path /= BEST if settings["config"]["valid_split"] > 0 else LAST
+    checkpoint = load_checkpoint(path) | settings
     try:
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):

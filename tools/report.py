@@ -96,7 +96,8 @@ def report(
 def describe(checkpoint: dict, counts: torch.Tensor, loss: float) -> str:
     """Return the page: the numbers, the pictures, the classes, what made the run, its settings."""
     config, last, maker = checkpoint["config"], checkpoint["metrics"][-1], checkpoint["made_by"][-1]
-    names, correct, total = checkpoint["class_names"], int(counts.diagonal().sum()), int(counts.sum())
+    names = [" ".join(name.split()).replace("|", "\\|") for name in checkpoint["class_names"]]  # of a table's cells
+    correct, total = int(counts.diagonal().sum()), int(counts.sum())
     accuracy, rates = f"{100 * correct / total:.2f} %", 100 * counts.diagonal() / counts.sum(dim=1).clamp(min=1)
     shown = {name: title for name, title in PICTURES.items() if name != CONFUSION or len(counts) <= MANY}
     gallery = "".join(f"## {title}\n\n![{title}]({name})\n\n" for name, title in shown.items())
