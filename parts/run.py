@@ -161,7 +161,7 @@ def what_makes(device: str) -> dict:
     failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(root))} rev-parse HEAD")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "albumentations")}
     return {
-        "modules": {str(path.relative_to(root)): path.read_text("utf-8", "replace") for path in files},
+        "modules": {str(path.relative_to(root)): path.read_text(encoding="utf-8", errors="replace") for path in files},
         "commit": "" if failed else commit,
         "versions": {"Python": platform.python_version(), "OpenCV": cv2.__version__, **versions},
         "device": device_name(torch.device(device)),
