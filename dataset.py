@@ -108,7 +108,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     parts = [cv2.meanStdDev(image) for image in images]  # of each alone: OpenCV counts pixels in 32 bits
     means, stds = np.array(parts)[..., 0].swapaxes(0, 1)  # each (N, 3)
     mean, std = means.mean(axis=0), np.sqrt((stds**2).mean(axis=0) + means.var(axis=0))  # within images and between
-    std[std == 0] = 255  # of a constant channel, which will be divided by it
+    std[std == 0] = 255  # 1 in the end: a constant channel is not divided by 0
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
@@ -172,7 +172,7 @@ class EpochBatchSampler(Sampler):
         self.rank, self.world_size = rank, world_size
         self.count = len(dataset)
         if shuffle:
-            self.count -= self.count % batch_size % world_size
+            self.count -= self.count % batch_size % world_size  # what is left of the last batch
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)  # rounded up; the same in all processes

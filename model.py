@@ -90,7 +90,7 @@ class Block(nn.Sequential):
             else:
                 modules.append(nn.Conv2d(channels, out_channels, **options))
             if index < layers - 1 or last != "unpadded":  # an unpadded convolution has nothing after it
-                activated.append(len(modules))
+                activated.append(len(modules))  # the BatchNorm's position
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
         self.activated = activated  # positions, not types: SyncBatchNorm or a wrapper may stand there later
@@ -138,7 +138,7 @@ class Net(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
             x = block(x)
-        logits = self.classifier(self.pool(x)).squeeze((2, 3))  # only (N, num_classes, 1, 1): else the loss refuses
+        logits = self.classifier(self.pool(x)).squeeze((2, 3))  # of a larger image H, W stay: the loss refuses
         return F.log_softmax(logits, dim=1, dtype=torch.float32)
 
 

@@ -23,8 +23,8 @@ from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, s
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
-    Muon updates the weights of the convolutions that mix channels, except the last one, the classifier of Net; SGD the
-    rest, at ten times the learning rate, or everything, at the rate itself. Biases and BatchNorm have no decay.
+    Muon gets the weights of the convolutions that mix channels, except the last (Net's classifier). SGD gets the rest,
+    at ten times the learning rate; without Muon, everything, at the rate itself. Biases and BatchNorm have no decay.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1 and conv.weight.requires_grad]
@@ -76,7 +76,7 @@ def train_step(
     scaler: torch.amp.GradScaler | None = None,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Take one step on a batch; return (mean loss, without smoothing, outputs (N, num_classes)) of before the update.
+    """Take one step on a batch; return its mean loss (without smoothing) and outputs (N, num_classes), before the step.
 
     net returns log-probabilities or logits: cross_entropy is right for both, for it normalizes, which leaves
     log-probabilities as they are. Its layers are computed in dtype; scaler is for float16.
@@ -160,7 +160,7 @@ def summarize(config: Config, epoch: int, factor: float, train: dict, valid: dic
 
 
 def main(config: Config, resume: bool = False, net: Callable | None = None) -> list[dict]:
-    """Train as the config says; return the rows of metrics.csv. resume: continue the run. net: makes another one."""
+    """Train as the config says; return the rows of metrics.csv. resume: continue the run. net: makes the network."""
     check(config)
     asked, config = config, resolve(config)  # device, precision, workers are facts from here on
     device, dtype, (rank, world_size) = torch.device(config.device), DTYPES[config.precision], rank_and_size()
@@ -186,7 +186,7 @@ def main(config: Config, resume: bool = False, net: Callable | None = None) -> l
     step = faster_step(step, net, config) if config.compile else step
 
     run = Run(asked, config, data, net, origin)
-    shared = share_training(net, config.batch_size)  # net itself, but for several processes
+    shared = share_training(net, config.batch_size)  # net itself, unless there are several processes
     history = run.restore(net, optimizers, scaler, resume)  # the metrics of each finished epoch; empty in a new run
     for epoch in range(len(history) + 1, config.epochs + 1):
         seed_torch(config.seed, epoch, rank)

@@ -168,10 +168,10 @@ class Meter:
         return {**average, "seconds": seconds, "images_per_second": rate, "waited": self.waited / seconds}
 
     def right_of_all(self) -> torch.Tensor:
-        """Return for each image of all processes whether it was right, (N,) uint8; call it after `average`."""
+        """Return for each image of all processes whether it was right, (N,) uint8; call `average` before."""
         rank, size = rank_and_size()
         right = torch.zeros(self.count.item(), dtype=torch.uint8, device=self.device)
-        right[rank::size] = torch.cat(self.right).to(torch.uint8)
+        right[rank::size] = torch.cat(self.right).to(torch.uint8)  # as EpochBatchSampler deals the images
         if size > 1:
             dist.all_reduce(right)
         return right.cpu()
@@ -180,8 +180,8 @@ class Meter:
 def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield the batches on the meter's device, under a tqdm bar that shows its average four times a second at most.
 
-    Without a terminal or a notebook there is no bar, but a loss that is not finite ends the epoch as soon. The average
-    is this process's alone: each process looks at a time of its own, so none can wait there for another.
+    Without a terminal or a notebook there is no bar, but a loss that is not finite still ends the epoch early. The
+    average is this process's alone: processes come here at different times, so none may wait for another.
     """
     shown = (sys.stderr and sys.stderr.isatty()) or hasattr(builtins, "__IPYTHON__")
     form = "{desc}: {percentage:3.0f}%|{bar}| {n}/{total} {remaining}{postfix}"  # fits 80 columns
@@ -193,7 +193,7 @@ def with_progress(loader: Iterable, meter: Meter) -> Iterator[tuple[torch.Tensor
             meter.waited += time.monotonic() - waiting
             images = images.to(meter.device, memory_format=torch.channels_last, non_blocking=non_blocking)
             yield images, labels.to(meter.device, non_blocking=non_blocking)
-            bar.update()
+            bar.update()  # the caller has updated the meter by now
             if time.monotonic() - looked > 0.25 or step == steps:
                 average = meter.local_average()
                 bar.set_postfix_str(f"loss {average['loss']:.4f}, acc {average['accuracy']:.2f}")

@@ -93,12 +93,12 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     except FloatingPointError as error:  # a loss that is not finite
         code, message, resumable = 1, f"stopped: {error}", False
     except KeyboardInterrupt as error:
-        code = 128 + (error.args or STOPS)[0]
+        code = 128 + (error.args or STOPS)[0]  # without args it is Python's own: SIGINT
         message = f"stopped by {signal.Signals(code - 128).name}"
     except Exception as error:
         code, message = 1, f"stopped by {type(error).__name__}"
         print(traceback.format_exc(), file=sys.__stderr__, flush=True)
-    # Only here: the exception is freed by now, which has closed the bars and ended the workers of its frames.
+    # After the except blocks: the exception and its frames are freed, so their bars are closed and workers ended.
     for number in STOPS:  # the program is ending already
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "SIGCHLD"):  # torch's alarm at the end of a worker; not on Windows

@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     """Return the matrix with its singular values s brought near 1, by five steps of Jordan's Newton-Schulz iteration.
 
-    x <- a x + b (x x') x + c (x x')^2 x brings s to a s + b s^3 + c s^5.
+    x <- a x + b (x x') x + c (x x')^2 x brings s to a s + b s^3 + c s^5; x' is x.T, and a, b, c stand below.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix

@@ -35,7 +35,7 @@ class Run:
         self.rank, processes = rank_and_size()
         arguments = getattr(net, "arguments", None) or arguments_of(config, train.class_names)
         became = {"precision": config.precision, "activation": arguments.get("activation", config.activation)}
-        # The same in all checkpoints of the run. No run_dir: the folder can be moved.
+        # The same in all checkpoints of the run. No run_dir: the folder can be moved. Precision: what "auto" became.
         self.facts = {
             "config": {**asdict(asked), **became},
             **{name: getattr(train, name) for name in ("class_names", "mean", "std")},

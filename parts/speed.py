@@ -65,7 +65,7 @@ class RecordedStep:
             torch.cuda.current_stream().wait_stream(self.stream)
             return result
         if self.graph is None:  # record it; nothing is computed
-            net.zero_grad()  # the gradients become the graph's own
+            net.zero_grad()  # to None: the graph allocates gradients of its own
             self.graph, mode = torch.cuda.CUDAGraph(), "thread_local"  # the loader's thread, which pins memory, goes on
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode=mode):
                 self.result = self.step(net, self.images, self.labels, optimizers)

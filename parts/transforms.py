@@ -9,7 +9,7 @@ import numpy as np
 
 
 class RepeatableCompose(A.Compose):
-    """A.Compose whose random numbers follow from a key: alone, it repeats itself in every worker and every epoch."""
+    """A.Compose whose random numbers follow from a key; A.Compose itself draws the same in every worker and epoch."""
 
     def __init__(self, transforms: list[A.BasicTransform]):
         super().__init__(transforms, strict=True, is_check_shapes=False)
@@ -25,7 +25,7 @@ class RepeatableCompose(A.Compose):
 
 
 class ShiftScaleRotate(A.Affine):
-    """A.Affine without shear: the same pictures, in a quarter of the time, for its product of matrices is worked out.
+    """A.Affine without shear: the same pictures, in a quarter of the time, for its product of matrices is written out.
 
     shift_limit, scale_limit: fractions of the side; rotate_limit: degrees. Gaps are filled by mirroring at the edge.
     """

@@ -70,9 +70,9 @@ def table(runs: Sequence[Run]) -> str:
 
 def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
     """Return which of two networks is better on the same images, by the exact test of McNemar's counts."""
-    losses, wins = int((before > after).sum()), int((after > before).sum())
-    chance = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
-    better = "neither" if chance >= 0.05 else "this" if wins > losses else "the first"
+    lost, won = int((before > after).sum()), int((after > before).sum())
+    chance = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
+    better = "neither" if chance >= 0.05 else "this" if won > lost else "the first"
     said = f"{better} network is better on these images (p = {chance:.2g})"
     return f"{said}. One run each: a seed alone can do this; repeat with --seed 1"
 
