@@ -53,8 +53,7 @@ class UsageError(ValueError):
     """A mistake in a setting, a file or an image, for the user to mend. The message says in one line what and how."""
 
 
-# What the numbers and the paths must be.
-RULES = (
+RULES = (  # what is allowed, whether a value is, the fields
     ("above 0", lambda value: 0 < value < math.inf, "batch_size epochs learning_rate hole_size image_size"),
     ("0 or more", lambda value: 0 <= value < math.inf, "rotate_limit weight_decay sgd_weight_decay seed train_images"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "valid_split scale_limit momentum dropout"),

@@ -28,7 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def choose_device(name: str) -> torch.device:
     """Return the device called `name`, or raise UsageError; "auto" is torch's accelerator (CUDA, ...), else the CPU."""
     if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+        cpu = dist.is_initialized() and not torch.cuda.is_available()  # gloo knows no other accelerator
+        name = "cpu" if cpu else str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         device = torch.device(name)
         torch.ones(1, device=device).cpu()  # try it

@@ -21,12 +21,12 @@ def process_group(device: str) -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device!r} is not for several processes: give --device cuda, one each, or cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    if device not in ("auto", "cpu", "cuda") or 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UsageError(f"device {device!r} is not for these processes: give --device cuda, a GPU for each, or cpu")
+    if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))  # for downloads
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(minutes=30))  # for downloads
     yield
     dist.destroy_process_group()  # only after a clean end: nccl would wait for a process that has failed
 
