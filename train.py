@@ -34,7 +34,7 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     decay, no_decay = [p for p in sgd_params if p.ndim > 1], [p for p in sgd_params if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.sgd_weight_decay}, {"params": no_decay}]
     lr = config.learning_rate
-    fused = config.precision != "float16"  # faster; but a first step that overflows would leave momentum as it came
+    fused = config.precision != "float16"  # faster; but if the first step overflows, it leaves the momentum unset
     sgd = torch.optim.SGD(groups, ratio * lr, config.momentum, nesterov=config.nesterov, fused=fused)
     return [Muon(muon_params, lr, weight_decay=config.weight_decay), sgd] if muon_params else [sgd]
 

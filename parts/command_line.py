@@ -86,8 +86,7 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     try:
         return function()
     except (UsageError, OSError) as error:
-        # What a worker raised has the worker's traceback in front of it.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]  # after a worker's traceback, if any
         code, message = (2, "error") if isinstance(error, UsageError) else (1, "stopped")
         message += f": {reason.removeprefix('config.UsageError: ')}"
     except FloatingPointError as error:  # a loss that is not finite

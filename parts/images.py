@@ -102,6 +102,8 @@ def _visible(folder: Path) -> list[str]:
 def read_image(path: str | Path, size: int = 32) -> np.ndarray:
     """Return the (first) image in a file that Pillow reads as (size, size, 3) uint8, RGB. Raises UsageError."""
     try:
+        if Path(path).is_fifo():  # opening it would wait for ever
+            raise ValueError("not a file")
         with Image.open(path) as image:
             return resize_image(image, size)
     except Exception as error:  # Pillow's decoders may raise anything at a damaged file
@@ -113,8 +115,7 @@ def read_image(path: str | Path, size: int = 32) -> np.ndarray:
 def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     """Return an image upright, in sRGB and squeezed to (size, size, 3) uint8; one of that size keeps its pixels.
 
-    Transparent parts become white; a colour profile is applied, of RGB and CMYK; a broken one is ignored. Raises
-    UsageError for pixels of no fixed range and for a TIFF whose bands Pillow would take for others.
+    Transparent parts become white; a colour profile of RGB or CMYK is applied. What can be misread is a UsageError.
     """
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
     if form == "EPS":

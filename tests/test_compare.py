@@ -27,8 +27,7 @@ def runs(finished, tmp_path):
             last["images"][1] = images
         last["images"][0] = trained_on or last["images"][0]
         if module:  # edited before a resume, which leaves two codes
-            (maker,) = last["made_by"]
-            last["made_by"] = [maker | {"modules": maker["modules"] | {"train.py": module}}, maker]
+            last["made_by"].insert(0, last["made_by"][0] | {"modules": {"train.py": module}})
         save_checkpoint(folder / "last.pt", last)
         return folder
 

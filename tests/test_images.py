@@ -132,6 +132,7 @@ def test_folder_is_what_a_source_promises(folder):
         (lambda folder: (folder / "test/dark/d.png").write_bytes(b""), "dark/d.png cannot be read as an image"),
         (lambda folder: os.truncate(folder / "test/dark/b.JPG", 300), "dark/b.JPG cannot be read as an image"),
         (lambda folder: damage(folder / "test/dark/a.png"), "dark/a.png cannot be read as an image"),
+        (lambda folder: os.mkfifo(folder / "test/dark/pipe"), "dark/pipe cannot be read as an image .not a file"),
         (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+ mode F have no fixed range"),
     ],
 )
