@@ -136,7 +136,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
         image = Image.fromarray(np.where(pixels == image.info.get("transparency"), 255, pixels >> 8).astype(np.uint8))
     if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         image = image.convert("RGB")  # viewers ignore opacity there, and many programs leave it at zero
-    image = image.convert("RGBA") if image.has_transparency_data else image
+    image = image.convert("RGBA") if image.has_transparency_data or image.mode == "P" else image
     if image.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in image.info:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
