@@ -45,7 +45,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
-    """Return (config, resume, whether to draw a report). Flags override --config's file, that config.py."""
+    """Return (config, resume, whether to draw a report). Flags override --config's file, which overrides config.py."""
     usage = "python train.py [--resume RUN_DIR | --config FILE] [--no-report] [--SETTING VALUE ...]"
     parser = argparse.ArgumentParser("train.py", usage, allow_abbrev=False)
     begin = parser.add_mutually_exclusive_group()
@@ -62,10 +62,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Config, bool, bool]:
         return resumed_config(os.path.expanduser(arguments.resume), given), True, arguments.report
     try:
         settings = json.loads(Path(arguments.config).expanduser().read_text()) if arguments.config is not None else {}
-        settings = replace(config, **{**settings, "run_dir": config.run_dir, **given})
+        settings = replace(config, **(settings | given))
+        return replace(settings, run_dir=os.path.expanduser(settings.run_dir or new_run_dir())), False, arguments.report
     except (OSError, ValueError, TypeError) as error:
         raise UsageError(f"{arguments.config} cannot be read as a JSON object of settings ({error})") from None
-    return replace(settings, run_dir=os.path.expanduser(settings.run_dir or new_run_dir())), False, arguments.report
 
 
 def _stop(signum: int, frame: object) -> None:

@@ -47,7 +47,7 @@ def test_flag_goes_before_the_file_of_another_run_and_that_before_config_py(sett
     its = json.loads((finished / "config.json").read_text()) | {"run_dir": "its"}
     Path("its.json").write_text(json.dumps({name: value for name, value in its.items() if name != "epochs"}))
     found = settings("--config", "its.json", "--seed=9", "--schedule", "cosine", "--nesterov", "false", "--compile")
-    assert found == replace(tiny, epochs=7, seed=9, schedule="cosine", nesterov=False, compile=True, run_dir="mine")
+    assert found == replace(tiny, epochs=7, seed=9, schedule="cosine", nesterov=False, compile=True, run_dir="its")
 
 
 @pytest.mark.parametrize(
