@@ -54,7 +54,8 @@ class UsageError(ValueError):
 
 
 RULES = (  # what is allowed, whether a value is, the fields
-    ("above 0", lambda value: 0 < value < math.inf, "batch_size epochs learning_rate hole_size image_size"),
+    ("above 0", lambda value: 0 < value < math.inf, "batch_size epochs learning_rate hole_size"),
+    ("9 or more", lambda value: value >= 9, "image_size"),  # of less, the blocks leave nothing
     ("0 or more", lambda value: 0 <= value < math.inf, "rotate_limit weight_decay sgd_weight_decay seed train_images"),
     ("at least 0 and below 1", lambda value: 0 <= value < 1, "valid_split scale_limit momentum dropout"),
     ("from 0 to 1", lambda value: 0 <= value <= 1, "flip_probability shift_scale_rotate_probability"),

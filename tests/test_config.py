@@ -15,6 +15,7 @@ LIMITS = {  # of each number: what is allowed, what is not
     "flip_probability shift_scale_rotate_probability": ([0, 1], [-0.1, 1.1, NAN]),
     "coarse_dropout_probability shift_limit label_smoothing": ([0, 1], [-0.1, 1.1, NAN]),
     "hole_size": ([1, 32], [0, 33]),
+    "image_size": ([32], [8]),
     "num_workers": ([-1, 0, 256], [-2]),
     "seed": ([0, 2**63 - 1], [-1]),
 }
