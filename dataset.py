@@ -60,23 +60,19 @@ class ImageDataset(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int | Sequence[int] | tuple[int, Sequence[int]]) -> tuple[torch.Tensor, object]:
-        if isinstance(index, tuple):
-            return self.batch(*index)
-        if isinstance(index, list | np.ndarray):
-            return self.batch(self.epoch, [range(len(self))[i] for i in index])
-        images, labels = self.batch(self.epoch, [range(len(self))[index]])  # -1: the last; IndexError ends a `for`
-        return images[0], labels.item()
-
-    def batch(self, epoch: int, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images (N, 3, 32, 32) in channels_last and labels (N,), as augmented in that epoch."""
-        return self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
+        epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
+        several = isinstance(index, list | np.ndarray)
+        # range: -1 is the last one, and an IndexError ends a `for`
+        indices = [range(len(self))[i] for i in (index if several else [index])]
+        images, labels = self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
+        return (images, labels) if several else (images[0], labels.item())
 
     def augment(self, epoch: int, indices: Sequence[int]) -> np.ndarray:
         """Return images (N, 32, 32, 3) uint8 as they are augmented in that epoch."""
         images = self.images.numpy()[indices]  # a copy
         if self.augmentation is not None:
             for place, index in enumerate(indices):
-                self.augmentation.set_key(self.seed, epoch, int(index))
+                self.augmentation.set_key(self.seed, epoch, index)
                 image = self.augmentation(image=images[place])["image"]
                 if image.dtype != np.uint8 or image.shape != images[place].shape:
                     made = f"{image.shape} {image.dtype}"
