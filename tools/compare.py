@@ -74,7 +74,7 @@ def one_run_each(before: np.ndarray, after: np.ndarray) -> str:
     chance = stats.binomtest(won, won + lost).pvalue if won + lost else 1.0
     better = "neither" if chance >= 0.05 else "this" if won > lost else "the first"
     said = f"{better} network is better on these images (p = {chance:.2g})"
-    return f"{said}. One run each: a seed alone can do this; repeat with --seed 1"
+    return f"{said}. One run each: a seed alone can do this; repeat with another --seed"
 
 
 def several_runs_each(before: Sequence[float], after: Sequence[float]) -> str:
@@ -125,7 +125,7 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
             if len(first) == len(group) == 1:
                 print(f"  {one_run_each(first[0].right, group[0].right)}")
             elif min(len(first), len(group)) == 1:
-                print("  one run of one setting: a seed alone can do this; repeat that setting with --seed 1")
+                print("  one run of one setting: a seed alone can do this; repeat that setting with another --seed")
             else:
                 print(f"  {several_runs_each(base, accuracies)}")
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import matplotlib as mpl
-import numpy as np
 import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -119,8 +118,8 @@ def plot_mistakes(net: nn.Module, test: ImageDataset, log_probs: torch.Tensor) -
 @names_as_they_are
 def plot_augmentations(train: ImageDataset, count: int = 6) -> Figure:
     """Return a training image of each of the first classes, as it is and as augmented in nine epochs."""
-    labels = train.labels.numpy()
-    indices = [int(np.flatnonzero(labels == label)[0]) for label in range(min(count, len(train.class_names)))]
+    labels = train.labels.tolist()
+    indices = [labels.index(label) for label in range(min(count, len(train.class_names)))]  # the first of each
     columns = [train.images.numpy()[indices], *(train.augment(epoch, indices) for epoch in range(1, 10))]
     figure = Figure(figsize=(12, 1.2 * len(indices) + 0.8), layout="constrained")
     figure.suptitle("Training images (left), and what the network sees of them in epochs 1 to 9")
