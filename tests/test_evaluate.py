@@ -65,6 +65,7 @@ def test_held_out_images_choose_the_network_that_is_tested(cli, tiny, monkeypatc
     tested = pytest.approx([float(number) for number in of_run.groups()], abs=2e-4)
     assert figures("run") == figures("run/best.pt") == tested
     assert figures("run/last.pt") != tested
+    assert len(load_checkpoint("run/last.pt")["right"]) == 30  # held out of 150; the test images are 50
 
 
 def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, monkeypatch):
@@ -77,7 +78,6 @@ def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, mo
 @pytest.mark.parametrize(
     ("tool", "names", "words"),
     [
-        ("evaluate", ["old.pt"], "old.pt is not of format"),
         ("evaluate", ["own.pt"], "MyNet: give net=MyNet"),
         ("predict", ["last.pt", "a.png"], "1 of 1 images cannot be read"),
         ("predict", ["last.pt", "empty"], "empty is empty"),
@@ -87,7 +87,7 @@ def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, mo
 def test_mistake_is_one_line_and_exit_code_2(finished, tmp_path, tool, names, words):
     for folder in ("begun", "empty"):
         (tmp_path / folder).mkdir()
-    changes = {"last.pt": {}, "old.pt": {"format": "s8erav3-2"}, "begun/last.pt": {"epoch": 0, "metrics": []}}
+    changes = {"last.pt": {}, "begun/last.pt": {"epoch": 0, "metrics": []}}
     changes["own.pt"] = {"network": ["", " MyNet"]}  # a subclass of Net may fit its weights, and mean another network
     for name, change in changes.items():
         save_checkpoint(tmp_path / name, load_checkpoint(finished / "last.pt") | change)

@@ -154,7 +154,6 @@ def other_table(base_channels):
         (lambda run, patch: rewrite(run, schedule="constant", epochs=1), "2 are done already"),
         (lambda run, patch: rewrite(run, config={"epochs": 2}), "another version"),
         (lambda run, patch: os.truncate(run / "last.pt", 99), "last.pt is damaged"),
-        (lambda run, patch: (run / "last.pt").unlink(), "last.pt is not there"),
         (lambda run, patch: other_images(run, lambda folder: next(folder.iterdir()).unlink()), "images"),
         (lambda run, patch: other_images(run, lambda folder: folder.rename(f"{folder}s")), "class"),
         (lambda run, patch: patch.setattr(dataset, "make_augmentation", lambda *_: RepeatableCompose([])), "augm"),

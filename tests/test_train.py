@@ -179,22 +179,6 @@ def test_each_epoch_has_images_and_dropout_of_its_own(cli, tiny, narrow, monkeyp
     assert [len(set(seeds[:5])), len(set(seeds[5:])), len(set(seeds))] == [1, 1, 2]
 
 
-def test_held_out_images_choose_what_is_tested_at_the_end(cli, tiny, narrow, monkeypatch, capsys):
-    meetings = []
-
-    def watched(net, loader, *args):
-        result = validate(net, loader, *args)
-        meetings.append((len(loader.dataset), copy.deepcopy(net.state_dict()), result))
-        return {**result, "accuracy": 100.0} if len(meetings) == 1 else result  # the first epoch is the best
-
-    monkeypatch.setattr(train, "validate", watched)
-    assert cli(*flags(tiny, valid_split=0.2, run_dir="run"), "--no-report") == 0
-    sizes, (first, second, tested), (*_, test) = zip(*meetings, strict=True)
-    assert sizes == (30, 30, 50)  # the test images once, at the end
-    assert (equal(tested, first), equal(tested, second)) == (True, False)
-    assert capsys.readouterr().out.endswith(f"\nTest Loss: {test['loss']:.4f}, Test Acc: {test['accuracy']:.4f}\n")
-
-
 def test_network_that_returns_probabilities_is_refused(net, loader):
     with pytest.raises(UsageError, match="the network returns probabilities"):
         train_one_epoch(nn.Sequential(net, nn.Softmax(dim=1)), loader, make_optimizers(net, config))
