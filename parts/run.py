@@ -74,7 +74,7 @@ class Run:
         if changed := [name for name in now if now[name] != before.get(name)]:
             print(f"Note: changed since this run was begun or last continued: {', '.join(changed)}")
         if self.rank == 0:
-            save_checkpoint(last, checkpoint | self.facts)  # what may change has changed from here on
+            save_checkpoint(last, checkpoint | self.facts)  # with the settings that were changed now
             self._follow(checkpoint | self.facts)
         return checkpoint["metrics"]
 
