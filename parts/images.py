@@ -18,6 +18,7 @@ from config import UsageError
 
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
+FORMATS = (None, "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # None: no file
 HIDDEN = re.compile(r"\.|(thumbs\.db|desktop\.ini|__macosx)$", re.IGNORECASE)  # names of what is no image
 
 
@@ -115,16 +116,14 @@ def read_image(path: str | Path, size: int = 32) -> np.ndarray:
 def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     """Return an image upright, in sRGB and squeezed to (size, size, 3) uint8; one of that size keeps its pixels.
 
-    Transparent parts become white; a colour profile of RGB or CMYK is applied. What can be misread is a UsageError.
+    Transparent parts become white; a colour profile is applied. What can be misread is a UsageError.
     """
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
-    if form == "EPS":
-        raise UsageError("PostScript is a program, which is not run here: save it as PNG")
-    image.load()  # before anything is suppressed: a damaged file must fail
-    with contextlib.suppress(Exception):  # broken EXIF data, which only say how to turn the image
-        image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F"):
-        raise UsageError(f"pixels of mode {image.mode} have no fixed range")
+    if form not in FORMATS or image.mode in ("I", "F"):  # Pillow misreads some others, and runs PostScript
+        raise UsageError(f"a {form} with pixels of mode {image.mode} is not read here: save it as a PNG of 8 bits")
+    image = image.copy()  # loads it, before anything is suppressed: a damaged file must fail
+    with contextlib.suppress(Exception):  # in place, for it turns the image before it meets what is broken in EXIF data
+        ImageOps.exif_transpose(image, in_place=True)
     # Tags: 258, bits of a value; 262, 0 if white is zero; 338, what a fourth band means.
     deep = max(tags.get(258, [8])) > 8 and (image.mode[0] != "I" or tags[262] == 0)
     if form == "TIFF" and (deep or (image.mode == "RGBA" and 338 not in tags)):
@@ -137,7 +136,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     if form in ("TGA", "BMP") and image.mode == "RGBA" and image.getextrema()[3] == (0, 0):
         image = image.convert("RGB")  # viewers ignore opacity there, and many programs leave it at zero
     image = image.convert("RGBA") if image.has_transparency_data or image.mode == "P" else image
-    if image.mode in ("RGB", "RGBA", "CMYK") and "icc_profile" in image.info:
+    if image.mode in ("L", "RGB", "RGBA", "CMYK") and "icc_profile" in image.info:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
             mode = "RGBA" if image.mode == "RGBA" else "RGB"

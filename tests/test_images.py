@@ -103,7 +103,7 @@ def folder(tmp_path):
         (tmp_path / path).mkdir(parents=True)
         Image.new("RGB", (32, 32), (shade, 0, shade)).save(tmp_path / path / "a.png")
         Image.new("L", (100, 50), shade).save(tmp_path / path / "b.JPG")
-        Image.new("1", (20, 40)).save(tmp_path / path / "c.xbm")
+        Image.new("1", (20, 40)).save(tmp_path / path / "c.bmp")
         (tmp_path / path / "Thumbs.db").touch()
     (tmp_path / "test" / ".DS_Store").touch()
     return tmp_path
@@ -132,7 +132,7 @@ def test_folder_is_what_a_source_promises(folder):
         (lambda folder: os.truncate(folder / "test/dark/b.JPG", 300), "dark/b.JPG cannot be read as an image"),
         (lambda folder: damage(folder / "test/dark/a.png"), "dark/a.png cannot be read as an image"),
         (lambda folder: os.mkfifo(folder / "test/dark/pipe"), "dark/pipe cannot be read as an image .not a file"),
-        (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+ mode F have no fixed range"),
+        (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+ TIFF with pixels of mode F"),
     ],
 )
 def test_folder_that_is_no_dataset_is_refused_with_the_name_of_what_is_wrong(folder, change, words):
@@ -152,6 +152,9 @@ def test_image_of_the_right_size_keeps_its_pixels_and_is_turned_upright(tmp_path
     exif[0x0112] = 6  # to be turned clockwise
     assert np.array_equal(saved(tmp_path, pixels), pixels)
     assert np.array_equal(saved(tmp_path, pixels, exif=exif), np.rot90(pixels, -1))
+    exif[0x0128] = 2  # a unit, of a type that Pillow reads but cannot write
+    odd = exif.tobytes().replace(b"\x01\x28\0\x03", b"\x01\x28\0\x01")
+    assert np.array_equal(saved(tmp_path, pixels, exif=odd), np.rot90(pixels, -1))
 
 
 def halves(upper, lower):
@@ -199,7 +202,7 @@ def test_what_can_only_be_read_wrongly_is_refused_with_the_way_out(tmp_path):
     grey.save(tmp_path / "negative.tif", tiffinfo={262: 0})  # white is zero
     (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
     Image.new("RGB", (8, 8)).save(tmp_path / "program.jpg", format="EPS")
-    names = {"negative.tif": "rare kind: save it as", "phone.heic": "pillow-heif: convert", "program.jpg": "a program"}
+    names = {"negative.tif": "rare kind: save it as", "phone.heic": "pillow-heif: convert", "program.jpg": "EPS"}
     for name, words in names.items():
         with pytest.raises(UsageError, match=f"{name} cannot be read as an image .+{words}"):
             read_image(tmp_path / name)

@@ -56,10 +56,12 @@ def test_command_prints_three_classes_of_each_image_though_one_cannot_be_read(fi
     shutil.copytree(bars, tmp_path / "some" / ".hidden")
     for name in ("a.png", "Thumbs.db"):
         (tmp_path / "some" / name).touch()
-    with pytest.raises(UsageError, match="1 of 6 images cannot be read"):
+    (tmp_path / "some" / "link").symlink_to(bars)  # could lead round in a circle, so it is not followed, but told
+    with pytest.raises(UsageError, match="2 of 7 images cannot be read"):
         main([str(finished), str(tmp_path / "some")])
     (out, err), images = capsys.readouterr(), sorted(bars.iterdir())
     for image, line, prediction in zip(images, out.splitlines(), predict(finished, images), strict=True):
         three = list(prediction.probabilities.items())[:3]
         assert line == f"{image}: {', '.join(f'{name} {100 * part:.1f} %' for name, part in three)}"
     assert "a.png cannot be read as an image" in err
+    assert "link cannot be read as an image (Is a directory)" in err

@@ -73,7 +73,7 @@ def files_of(path: Path) -> list[Path]:
     """Return the path itself or, of a folder, all files in it that are not hidden; raise UsageError if it has none."""
     if not path.is_dir():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if not file.is_dir()]
+    files = [file for file in sorted(path.rglob("*")) if not file.is_dir() or file.is_symlink()]
     if files := [file for file in files if not any(map(HIDDEN.match, file.relative_to(path).parts))]:
         return files
     raise UsageError(f"{path} is empty: it needs images")
