@@ -65,7 +65,7 @@ def schedule_factor(schedule: str, progress: float, accuracies: Sequence[float] 
 def epoch_factors(config: Config, epoch: int, steps: int, accuracies: Sequence[float] = ()) -> list[float]:
     """Return schedule_factor for each step of an epoch (from 1), at the middle of the step, where it is never 0."""
     middles = [(epoch - 1 + (step + 0.5) / steps) / config.epochs for step in range(steps)]
-    return [schedule_factor(config.schedule, progress, accuracies) for progress in middles]
+    return [float(schedule_factor(config.schedule, progress, accuracies)) for progress in middles]  # not numpy's
 
 
 def train_step(

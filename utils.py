@@ -140,7 +140,7 @@ class Meter:
 
         Raises UsageError if the first outputs are probabilities: a network learns badly from them, without a word.
         """
-        if self.step == 0 and outputs.min() >= 0 and (outputs.sum(dim=1) - 1).abs().max() < 1e-3:
+        if self.step == 0 and outputs.min() >= 0 and (outputs.sum(dim=1) - 1).abs().max() < 1e-2:
             raise UsageError("the network returns probabilities: return their logarithms, or logits (no softmax)")
         right = outputs.argmax(dim=1) == labels
         self.losses[self.step] = loss.detach() * len(labels)
@@ -209,6 +209,7 @@ def save_checkpoint(path: str | Path, checkpoint: dict) -> None:
     """
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # not that of another process that continues the same run
     torch.save({"format": FORMAT, "torch": str(torch.__version__), **checkpoint}, content := io.BytesIO())
+    torch.load(io.BytesIO(content.getvalue()), map_location="cpu", weights_only=True)  # fails at, say, a numpy number
     try:
         with open(temporary, "wb") as file:
             file.write(content.getbuffer())  # torch.save into a file turns a full disk, and Ctrl-C, into a RuntimeError

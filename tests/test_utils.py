@@ -102,6 +102,8 @@ def test_checkpoint_that_cannot_be_written_stays_as_it_was(checkpoint, monkeypat
         patch.setattr(step, Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OSError, match="No space left on device"):
             save_checkpoint(checkpoint, {"epoch": 4})
+    with pytest.raises(pickle.UnpicklingError):  # nothing but tensors and plain values could be read again
+        save_checkpoint(checkpoint, {"folder": checkpoint.parent})
     assert equal(load_checkpoint(checkpoint), before)
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
