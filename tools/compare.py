@@ -18,7 +18,7 @@ from parts.command_line import in_one_line
 from parts.run import LAST
 from utils import load_checkpoint
 
-IGNORED = {"seed", "data_dir", "num_workers", "device"}  # runs that differ in these are of one setting
+IGNORED = {"seed", "data_dir", "weights", "num_workers", "device"}  # runs that differ in these are of one setting
 
 
 class Run(NamedTuple):
@@ -29,13 +29,13 @@ class Run(NamedTuple):
     rows: list[dict]  # of metrics.csv
     right: np.ndarray  # (N,) 0 or 1: which validation images the last epoch's network got right
     images: str  # SHA-256 of the validation images
-    made_of: list  # layers, table, augmentation, number of processes, SHA-256 of training images and first weights
+    made_of: list  # layers, table, augmentation, number of processes, SHA-256 of images and first weights
     modules: dict[str, str]  # file -> its text; if it was edited before a resume, all its texts
 
-    def setting(self, by_code: bool) -> str:
+    def setting(self, by_code: bool) -> tuple:
         """Return what runs of one setting have in common. by_code: the text of the modules too."""
-        settings = {name: value for name, value in self.config.items() if name not in IGNORED}
-        return repr([settings, self.made_of, by_code and self.modules])
+        settings = frozenset((name, value) for name, value in self.config.items() if name not in IGNORED)  # 0 is 0.0
+        return settings, repr([self.made_of, by_code and self.modules])
 
 
 def read_run(folder: Path) -> Run | None:
@@ -46,16 +46,15 @@ def read_run(folder: Path) -> Run | None:
         return None
     makers = [maker["modules"] for maker in checkpoint["made_by"]]  # of the first epoch, then of each resume
     modules = {name: "".join(dict.fromkeys(maker.get(name, "") for maker in makers)) for name in makers[-1]}
-    trained_on, judged_on, _ = checkpoint["images"]
-    made_of = [trained_on, *(checkpoint[name] for name in ("network", "augmentation", "processes", "weights"))]
-    rows, right = checkpoint["metrics"], checkpoint["right"].numpy()
+    made_of = [checkpoint[name] for name in ("images", "network", "augmentation", "processes", "weights")]
+    rows, right, (_, judged_on, _) = checkpoint["metrics"], checkpoint["right"].numpy(), checkpoint["images"]
     return Run(folder.name, checkpoint["config"], rows, right, judged_on, made_of, modules)
 
 
 def table(runs: Sequence[Run]) -> str:
     """Return a line for each run: the settings that differ, epochs, last losses and accuracies, seconds an epoch."""
     names = dict.fromkeys(name for run in runs for name in run.config)
-    differing = [name for name in names if len({str(run.config.get(name)) for run in runs}) > 1]
+    differing = [name for name in names if len({run.config.get(name) for run in runs}) > 1]
     columns = ["train_loss", "train_accuracy", "valid_loss", "valid_accuracy"]
     lines = [["run", *differing, "done", "train loss", "train acc", "valid loss", "valid acc", "s/epoch"]]
     for run in runs:
@@ -97,7 +96,7 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
     for run in runs[1:]:
         if changed := sorted(name for name, text in run.modules.items() if runs[0].modules.get(name) != text):
             print(f"The code of {run.name} differs from that of {runs[0].name}: {', '.join(changed)}")
-    settings: dict[str, dict[int, Run]] = {}  # of each, its runs by seed
+    settings: dict[tuple, dict[int, Run]] = {}  # of each, its runs by seed
     for run in runs:
         if len(run.rows) < run.config["epochs"]:
             print(f"{run.name} is not counted: it is not finished")
@@ -115,7 +114,7 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
         print(f"\nSetting {number}: {names}\n  valid acc {np.mean(accuracies):.2f} %{spread}")
         if number == 1:
             first, base = group, accuracies
-        elif any(run.images != first[0].images for run in [*first, *group]):
+        elif group[0].images != first[0].images:
             print("  not compared: its validation images are others")
         else:
             before, after = (np.mean([run.right for run in each], axis=0) for each in (first, group))
