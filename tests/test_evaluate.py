@@ -75,13 +75,22 @@ def test_edited_table_of_blocks_spoils_no_older_checkpoint(finished, figures, mo
     assert torch.equal(torch.random.get_rng_state(), generator)  # a notebook's random numbers go on as they would
 
 
+def test_network_of_a_run_by_other_code_comes_with_a_note(copy_of_finished, capsys):
+    last = load_checkpoint(copy_of_finished / "last.pt")
+    last["made_by"][-1]["modules"]["model.py"] += "# edited since"
+    save_checkpoint(copy_of_finished / "last.pt", last)
+    evaluate.load_network(copy_of_finished)
+    assert re.fullmatch("Note: model.py has changed since .+last.pt was made: .+\n", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("tool", "names", "words"),
     [
         ("evaluate", ["own.pt"], "MyNet: give net=MyNet"),
         ("predict", ["last.pt", "a.png"], "1 of 1 images cannot be read"),
         ("predict", ["last.pt", "empty"], "empty is empty"),
-        ("report", ["begun"], "begun: no epoch is finished"),
+        ("evaluate", ["begun/last.pt"], "begun/last.pt: no epoch is finished"),
+        ("report", ["begun"], "begun/last.pt: no epoch is finished"),
     ],
 )
 def test_mistake_is_one_line_and_exit_code_2(finished, tmp_path, tool, names, words):

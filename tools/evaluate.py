@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -26,13 +27,19 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
 
     path: of the checkpoint, or of a run, whose best.pt is taken if held-out images chose it, otherwise last.pt.
     net: makes it (default: Net). It is in evaluation mode, on the CPU. Raises UsageError, also for weights of another
-    network, or that are NaN.
+    network, that have learnt nothing yet, or that are NaN.
     """
     path, settings = Path(path).expanduser(), {}
     if path.is_dir():
-        settings = {"config": load_checkpoint(path / LAST)["config"]}  # a resume may have changed some since the best
-        path /= BEST if settings["config"]["valid_split"] > 0 else LAST
+        last = load_checkpoint(path / LAST)
+        settings = {"config": last["config"]}  # a resume may have changed some since the best
+        path /= BEST if last["config"]["valid_split"] > 0 and last["metrics"] else LAST
     checkpoint = load_checkpoint(path) | settings
+    if not checkpoint["metrics"]:
+        raise UsageError(f"{path}: no epoch is finished yet")
+    code = [maker["modules"].get("model.py") for maker in checkpoint.get("made_by", ())][-1:]  # shipped weights: none
+    if net is None and code and code[0] != Path(__file__).parents[1].joinpath("model.py").read_text(encoding="utf-8"):
+        print(f"Note: model.py has changed since {path} was made: it may mean another network", file=sys.stderr)
     try:
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from config import UsageError
 from dataset import load_datasets, make_loader
 from parts.command_line import in_one_line
 from parts.run import LAST, resumed_config, sha256
@@ -62,10 +61,8 @@ def report(
     """
     folder = Path(run_dir).expanduser()
     config = resumed_config(str(folder), {"data_dir": data_dir} if data_dir else {})
-    last = load_checkpoint(folder / LAST)
-    if not last["metrics"]:
-        raise UsageError(f"{folder}: no epoch is finished yet")
     net, checkpoint = load_network(folder, net)
+    last = load_checkpoint(folder / LAST)
     device = choose_device(device or config.device)
     set_numerics(config.deterministic)
     train, _, test = data = load_datasets(config, last["mean"], last["std"])
