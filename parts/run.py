@@ -103,8 +103,8 @@ class Run:
         weights, last = self.origin["model"], list(self.origin["model"])[-1].rpartition(".")[0]
         if self.origin["class_names"] != self.facts["class_names"]:
             print(f"The class names differ from those of the weights: {last} begins anew")
-            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{last}.")}
-        net.load_state_dict(net.state_dict() | weights)
+            weights |= {name: new for name, new in net.state_dict().items() if name.startswith(f"{last}.")}
+        net.load_state_dict(weights)
 
     def _follow(self, checkpoint: dict) -> None:
         """Bring the other files up to last.pt, after an epoch or after a kill that came in between."""
@@ -114,7 +114,8 @@ class Run:
             if max(rows, key=lambda row: row["valid_accuracy"]) is rows[-1]:
                 save_checkpoint(self.folder / BEST, checkpoint)
             with open(self.folder / METRICS, "w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([rows[0].keys(), *(row.values() for row in rows)])
+                names = dict.fromkeys(itertools.chain(*rows))  # an edit may have added one since the run began
+                csv.writer(file, lineterminator="\n").writerows([names, *([row.get(n) for n in names] for row in rows)])
 
     def _compare(self, checkpoint: dict) -> None:
         """Raise UsageError if the run cannot be continued as it is; say so if it has another number of processes."""
@@ -143,7 +144,7 @@ def load_origin(config: Config, resume: bool) -> dict:
 
 def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None = None) -> dict:
     """Return what to make the network with: Net (origin given), or one of your own (num_classes and dropout alone)."""
-    arguments = {"num_classes": len(class_names), "dropout": config.dropout}
+    arguments = {"num_classes": len(class_names), "dropout": float(config.dropout)}  # 0 is written like 0.0
     if origin is None:
         return arguments
     if (made := origin.get("network", ["", " Net"])[1].strip()) != "Net":
