@@ -35,7 +35,7 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
         settings = {"config": last["config"]}  # a resume may have changed some since the best
         path /= BEST if last["config"]["valid_split"] > 0 and last["metrics"] else LAST
     checkpoint = load_checkpoint(path) | settings
-    if not checkpoint["metrics"]:
+    if checkpoint.get("metrics") == []:
         raise UsageError(f"{path}: no epoch is finished yet")
     code = [maker["modules"].get("model.py") for maker in checkpoint.get("made_by", ())][-1:]  # shipped weights: none
     if net is None and code and code[0] != Path(__file__).parents[1].joinpath("model.py").read_text(encoding="utf-8"):
