@@ -93,11 +93,11 @@ class Block(nn.Sequential):
                 activated.append(len(modules))  # the BatchNorm's position
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-        self.activated = activated  # positions, not types: SyncBatchNorm or a wrapper may stand there later
+        self.depth, self.activated = len(modules), activated  # positions, not types: a wrapper may stand there later
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for position, layer in enumerate(self):
+        for position, layer in enumerate(list(self)[: self.depth]):  # not a module that became an attribute since
             x = layer(x)
             if position in self.activated:
                 x = self.activation(x)

@@ -54,15 +54,17 @@ def test_wrapped_layer_computes_what_it_did(net):
     for block in net.blocks:
         for position, layer in enumerate(block):
             block[position] = nn.Sequential(layer)
+        block.gate = nn.Sigmoid()  # an attribute, which an edit of forward may use, is no layer
     assert torch.equal(net(images), expected)
 
 
-def test_relu_follows_each_normalization(net):
-    x = y = torch.randn(2, 3, 32, 32)
-    first = net.eval().blocks[0]
-    for position in (0, 3, 6):
-        y = F.relu(first[position + 1](first[position](y)))
-    assert torch.equal(first(x), y)
+def test_activation_follows_each_normalization(net):
+    x = torch.randn(2, 3, 32, 32)
+    for first, activation in ((net.eval().blocks[0], F.relu), (Net(activation="silu").eval().blocks[0], F.silu)):
+        y = x
+        for position in (0, 3, 6):
+            y = activation(first[position + 1](first[position](y)))
+        assert torch.equal(first(x), y)
     for block in net.blocks[:3]:
         x = block(x)
         assert x.min() == 0
@@ -132,10 +134,3 @@ def test_network_can_be_exported_for_any_number_of_images(net):
     exported = torch.export.export(net.eval(), (images,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     for other in (exported.module(), torch.fx.symbolic_trace(net)):
         torch.testing.assert_close(other(images[:2]), net(images[:2]))
-
-
-def test_activation_is_not_in_the_weights(net):
-    other = Net(activation="silu")
-    other.load_state_dict(net.state_dict())  # the keys are the same: nothing but the arguments tells them apart
-    images = torch.randn(2, 3, 32, 32)
-    assert not torch.allclose(net.eval()(images), other.eval()(images), atol=0.01)
