@@ -23,16 +23,16 @@ from utils import DTYPES, Meter, device_name, forward, rank_and_size, resolve, s
 def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimizer]:
     """Return [Muon, SGD] if config.optimizer is "muon" and there are weights for it, else [SGD].
 
-    Muon gets the weights of the convolutions that mix channels, except the last (Net's classifier). SGD gets the rest,
+    Muon gets the weights of the convolutions that mix channels, but not of the last layer. SGD gets the rest,
     at ten times the learning rate; without Muon, everything, at the rate itself. Biases and BatchNorm have no decay.
     """
-    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-    mixing = [conv.weight for conv in convolutions[:-1] if conv.groups == 1 and conv.weight.requires_grad]
+    layers = [module for module in net.modules() if getattr(module, "weight", None) is not None][:-1]
+    mixing = [m.weight for m in layers if isinstance(m, nn.Conv2d) and m.groups == 1 and m.weight.requires_grad]
     muon_params = mixing if config.optimizer == "muon" else []
     sgd_params = [p for p in net.parameters() if p not in set(muon_params)]  # `in` a list would compare values
     ratio = 10 if muon_params else 1  # of SGD's learning rate to Muon's; 3 was tried: results/README.md
     decay, no_decay = [p for p in sgd_params if p.ndim > 1], [p for p in sgd_params if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.sgd_weight_decay}, {"params": no_decay}]
+    groups = [{"params": decay, "weight_decay": config.sgd_weight_decay}, {"params": no_decay, "weight_decay": 0}]
     lr = config.learning_rate
     fused = config.precision != "float16"  # faster; but if the first step overflows, it leaves the momentum unset
     sgd = torch.optim.SGD(groups, ratio * lr, config.momentum, nesterov=config.nesterov, fused=fused)
