@@ -41,7 +41,7 @@ class Config:
     seed: int = 0  # of all that is random: weights, order, augmentation, dropout
     device: str = "auto"  # cpu, cuda, cuda:1, mps, ...
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the layers' arithmetic
-    compile: bool = False  # faster steps: on CUDA by a CUDA graph, elsewhere by torch.compile, after a minute or more
+    compile: bool = False  # faster: on CUDA, one step is recorded and its Python runs no more; elsewhere, torch.compile
     deterministic: bool = False  # repeatable operations only: slower on CUDA; the CPU's always repeat
     run_dir: str = ""  # folder of the results; empty: a new dated one under runs/
 
@@ -82,7 +82,5 @@ def check(config: Config) -> None:
                 raise UsageError(f"{name} must be {allowed}, not {getattr(config, name)!r}")
     if config.hole_size > config.image_size:
         raise UsageError(f"hole_size must be at most {config.image_size}, the image's side, not {config.hole_size}")
-    if config.image_size != 32 and config.dataset != "folder":
-        raise UsageError(f"image_size must be 32 for {config.dataset}: another is for --dataset folder")
     if config.nesterov and config.momentum == 0:
         raise UsageError("nesterov needs a momentum above 0: give --nesterov false too")

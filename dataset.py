@@ -47,8 +47,8 @@ class ImageDataset(Dataset):
         if not isinstance(augmentation, RepeatableCompose | None):
             raise UsageError("augmentation must be a RepeatableCompose([...]), as make_augmentation returns")
         # Tensors: workers that are not forked share their memory, where each would get a copy of an array.
-        self.images, self.labels = torch.from_numpy(images), torch.from_numpy(labels)
-        self.class_names, self.mean, self.std = list(class_names), tuple(mean), tuple(std)
+        self.images, self.labels = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels).long()
+        self.class_names, self.mean, self.std = [str(name) for name in class_names], tuple(mean), tuple(std)
         self.normalization = A.Compose([A.Normalize(mean, std), A.ToTensorV2()], strict=True)
         self.augmentation, self.seed, self.epoch = augmentation, seed, 0
 
@@ -132,6 +132,8 @@ def load_datasets(config: Config, mean: Sequence[float] = (), std: Sequence[floa
     mean, std: of each channel, for pixels of 0..1; if not given, those of the training images.
     """
     train, test, class_names = load_source(config.dataset, config.data_dir, config.image_size)
+    if (sides := train[0].shape[1:3]) != (config.image_size,) * 2:
+        raise UsageError(f"image_size must be that of {config.dataset}'s images, {sides}, not {config.image_size}")
     if len(class_names) < 2:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     valid = test

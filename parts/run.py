@@ -33,7 +33,7 @@ class Run:
         """Note what the run is made of: asked, its settings as given; config, with "auto" resolved; origin."""
         self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
         self.rank, processes = rank_and_size()
-        arguments = getattr(net, "arguments", None) or arguments_of(config, train.class_names)
+        arguments = (getattr(net, "arguments", None) or {}) | arguments_of(config, train.class_names)
         became = {"precision": config.precision, "activation": arguments.get("activation", config.activation)}
         # The same in all checkpoints of the run. No run_dir: the folder can be moved. Precision: what "auto" became.
         self.facts = {

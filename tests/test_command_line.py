@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import albumentations as A
 import pytest
 
 import dataset
@@ -73,8 +74,7 @@ def test_mistake_is_told_in_one_line_and_nothing_is_written(cli, capsys, tmp_pat
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_augmentation_that_does_not_keep_the_image_is_one_line(cli, tiny, narrow, monkeypatch, refusal, workers):
-    wrong = Mock(spec=RepeatableCompose, side_effect=lambda image: {"image": image / 2}, __iter__=lambda _: iter(()))
-    monkeypatch.setattr(dataset, "make_augmentation", lambda *_: wrong)
+    monkeypatch.setattr(dataset, "make_augmentation", lambda *_: RepeatableCompose([A.ToFloat(p=1)]))
     assert cli(*flags(tiny, num_workers=workers)) == 2
     assert refusal().startswith("train.py: error: augmentation must keep (32, 32, 3) uint8, not make (32, 32, 3) float")
 

@@ -15,7 +15,7 @@ from utils import load_checkpoint, save_checkpoint
 def runs(finished, tmp_path):
     """Return a function that makes a run from the finished one, with other settings and other answers."""
 
-    def make(name, right=None, images=None, module=None, trained_on=None, **settings):
+    def make(name, right=None, images=None, module=None, facts=(), **settings):
         folder = tmp_path / "runs" / name
         shutil.copytree(finished, folder)
         last = load_checkpoint(folder / "last.pt")
@@ -25,7 +25,7 @@ def runs(finished, tmp_path):
             last["metrics"][-1]["valid_accuracy"] = 100 * last["right"].double().mean().item()
         if images:
             last["images"][1] = images
-        last["images"][0] = trained_on or last["images"][0]
+        last |= facts
         if module:  # edited before a resume, which leaves two codes
             last["made_by"].insert(0, last["made_by"][0] | {"modules": {"train.py": module}})
         save_checkpoint(folder / "last.pt", last)
@@ -74,12 +74,14 @@ def test_one_setting_split_in_two_helps_in_five_percent_of_cases():
     assert "seeds that agree exactly say nothing" in compare.several_runs_each([93.33] * 3, [99.67] * 3)
 
 
-def test_where_a_run_ran_makes_no_other_setting_but_other_images_do(runs, capsys):
+def test_where_a_run_ran_makes_no_other_setting_but_what_it_is_made_of_does(runs, capsys):
     elsewhere = {"num_workers": 3, "device": "cuda", "data_dir": "/elsewhere", "weights": "copy.pt", "dropout": 0}
-    a, b, c = runs("a", dropout=0.0), runs("b", seed=1, **elsewhere), runs("c", dropout=0.0, trained_on="0")
-    compare.main([str(a / "last.pt"), str(b / "last.pt"), str(c)])
+    a, b = runs("a", dropout=0.0), runs("b", seed=1, **elsewhere)
+    facts = {"images": ["0"] * 3}, {"network": []}, {"augmentation": []}, {"processes": 2}, {"weights": "0"}
+    others = [runs(f"c{number}", dropout=0.0, facts=fact) for number, fact in enumerate(facts)]
+    compare.main([str(a / "last.pt"), str(b / "last.pt"), *map(str, others)])
     out = capsys.readouterr().out
-    assert ("Setting 1: a, b\n" in out, "Setting 2: c\n" in out) == (True, True)
+    assert ("Setting 1: a, b\n" in out, "Setting 6: c4\n" in out) == (True, True)
 
 
 def test_other_code_is_named_and_other_images_are_not_compared(runs, tmp_path, capsys):
@@ -98,7 +100,7 @@ def test_other_code_is_named_and_other_images_are_not_compared(runs, tmp_path, c
 def test_run_that_is_not_finished_is_no_base_and_that_is_said(runs, capsys):
     compare.main([str(runs("a", epochs=3, seed=1)), str(runs("b"))])
     out = capsys.readouterr().out
-    assert ("a is not counted: it is not finished\n" in out, "Setting 1: b" in out) == (True, True)
+    assert ("a is not counted: it has 2 of its 3 epochs\n" in out, "Setting 1: b" in out) == (True, True)
 
 
 def test_without_names_all_of_runs_are_compared(runs, tmp_path, monkeypatch, capsys):

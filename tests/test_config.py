@@ -17,7 +17,7 @@ LIMITS = {  # of each number: what is allowed, what is not
     "hole_size": ([1, 32], [0, 33]),
     "image_size": ([32], [8]),
     "num_workers": ([-1, 0, 256], [-2]),
-    "seed": ([0, 2**63 - 1], [-1]),
+    "seed train_images": ([0, 2**63 - 1], [-1]),
 }
 
 

@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, random_split
 
 from config import UsageError, config
 from dataset import ImageDataset, channel_statistics, load_datasets, make_augmentation, make_loader
-from parts.transforms import RepeatableCompose
+from parts.transforms import RepeatableCompose, SquareHole
 from tests.conftest import equal
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -161,9 +162,17 @@ def test_processes_share_each_batch_train_on_what_divides_and_validate_each_imag
             together = [label for share in shares for label in share]
             if shuffle:
                 assert {*map(len, shares)} == {len(batch) // 3}
-                assert {*together} <= {*batch}
+                assert len({*together} & {*batch}) == len(together)
             else:
                 assert sorted(together) == batch
+
+
+def test_hole_is_equally_likely_everywhere():
+    pipeline, places = RepeatableCompose([SquareHole(30, fill=(9, 8, 7), p=1.0)]), Counter()
+    for number in range(1800):
+        pipeline.set_key(number)
+        places[pipeline(image=np.zeros((32, 32, 3), np.uint8))["image"].tobytes()] += 1
+    assert (len(places), min(places.values()) > 150, max(places.values()) < 250) == (3 * 3, True, True)
 
 
 def test_channel_without_any_variation_can_be_divided_by_its_deviation():
@@ -194,9 +203,9 @@ def test_all_parts_are_normalized_alike_and_only_the_training_images_are_augment
 
 def test_held_out_images_are_not_trained_on_and_the_same_ones_whatever_the_seed():
     settings = replace(config, dataset="shapes", valid_split=0.2)
-    (train, held_out, _), (_, others, _) = (load_datasets(replace(settings, seed=seed)) for seed in (0, 1))
+    (train, held_out, _), (again, others, _) = (load_datasets(replace(settings, seed=seed)) for seed in (0, 1))
     assert len(torch.cat([train.images, held_out.images]).flatten(1).unique(dim=0)) == 1200
-    assert torch.equal(held_out.images, others.images)
+    assert (torch.equal(held_out.images, others.images), train.seed, again.seed) == (True, 0, 1)
 
 
 def test_part_of_the_training_images_is_of_each_class_alike_and_the_same_for_every_seed():
@@ -205,8 +214,15 @@ def test_part_of_the_training_images_is_of_each_class_alike_and_the_same_for_eve
     assert equal(some.train.images, same.train.images)
     assert len(some.test) == 300
     assert len(load_datasets(replace(config, dataset="shapes", train_images=1199)).train) == 1200  # rounded
-    with pytest.raises(UsageError, match="train_images must be at most 1,200"):
-        load_datasets(replace(config, dataset="shapes", train_images=1201))
+    for wrong in ({"train_images": 1201}, {"image_size": 64}):
+        with pytest.raises(UsageError, match=r"train_images must be at most 1,200|image_size .+ \(32, 32\), not"):
+            load_datasets(replace(config, dataset="shapes", **wrong))
+
+
+def test_labels_of_any_integers_and_names_of_any_kind_will_do():
+    images = np.zeros((2, 3, 32, 32), np.uint8).transpose(0, 2, 3, 1)
+    data = ImageDataset(images, np.uint8([0, 1]), [0, 1], MEAN, STD)
+    assert (data.labels.dtype, data.images.is_contiguous(), data.class_names) == (torch.int64, True, ["0", "1"])
 
 
 def test_images_labels_and_augmentations_that_are_none_are_refused_in_one_line():

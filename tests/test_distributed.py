@@ -28,7 +28,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def test_steps_are_torchs_and_three_processes_of_which_one_speaks_resume_a_run_bit_for_bit(runs):
-    process = start("--resume", "run", "--epochs", 2, "--no-report", cwd=runs, before=(*TORCHRUN, "3"))
+    process = start("--resume", "run", "--epochs", 2, cwd=runs, before=(*TORCHRUN, "3"))
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert "train.py: " not in err
@@ -41,5 +41,6 @@ def test_averages_are_over_each_image_once(runs):
     last = checkpoint["metrics"][-1]
     valid = validate(net, make_loader(load_datasets(Config(**checkpoint["config"])).valid, 80))
     assert (last["valid_loss"], last["valid_accuracy"]) == pytest.approx((valid["loss"], valid["accuracy"]))
+    assert equal(checkpoint["right"], valid["right"])
     hits = 69 * last["train_accuracy"] / 100
     assert hits == pytest.approx(round(hits), abs=1e-9)

@@ -118,3 +118,4 @@ def test_checkpoint_can_be_tested_on_images_of_ones_own(figures, pictures):
     loss, accuracy = figures(ROOT / "weights" / "shapes.pt", "--dataset", "folder", "--data-dir", pictures)
     assert accuracy >= 96
     assert loss < 0.5
+    assert all(evaluate.load_network(path) for path in (ROOT / "weights").glob("*.pt"))

@@ -151,6 +151,7 @@ def test_image_of_the_right_size_keeps_its_pixels_and_is_turned_upright(tmp_path
     pixels, exif = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8), Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     assert np.array_equal(saved(tmp_path, pixels), pixels)
+    assert saved(tmp_path, np.arange(96, dtype=np.uint8)[:, None].repeat(32, axis=1))[-1].min() > 80  # not cut
     assert np.array_equal(saved(tmp_path, pixels, exif=exif), np.rot90(pixels, -1))
     exif[0x0128] = 2  # a unit, of a type that Pillow reads but cannot write
     odd = exif.tobytes().replace(b"\x01\x28\0\x03", b"\x01\x28\0\x01")

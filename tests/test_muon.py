@@ -12,7 +12,7 @@ def test_muon_is_torchs_on_the_flattened_weights(channels):
     matrix = torch.nn.Parameter(before.clone())
     ours = Muon([conv.weight], 0.02, weight_decay=2.0)
     torchs = torch.optim.Muon([matrix], 0.02, weight_decay=2.0)
-    for _ in range(3):
+    for _ in range(20):
         conv.weight.grad = torch.randn_like(conv.weight)
         matrix.grad = conv.weight.grad.flatten(1)
         ours.step()

@@ -1,8 +1,6 @@
 """python -m tools.report RUN_DIR: report.md and its pictures."""
 
-import os
 import shutil
-import signal
 from collections import OrderedDict
 
 import numpy as np
@@ -15,7 +13,6 @@ from torch import nn
 from config import UsageError, config
 from dataset import ImageDataset, make_augmentation
 from parts.images import draw_shapes
-from tests.conftest import flags
 from tools import pictures as plots
 from tools import report
 from utils import load_checkpoint, save_checkpoint
@@ -45,13 +42,16 @@ def shown(figure):
     return [[image.get_array() for image in axes.images] for axes in figure.axes if axes.images]
 
 
-def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, tmp_path, capsys):
-    save_checkpoint(tmp_path / "last.pt", load_checkpoint(finished / "last.pt") | {"images": []})  # all that it needs
+def test_report_has_the_figures_of_the_run_its_settings_and_pictures(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dataset.channel_statistics", None)  # those of the training are taken
+    kept = load_checkpoint(finished / "last.pt")
+    going_on = {"epoch": 1, "metrics": [kept["metrics"][-1] | {"epoch": 1}], "images": []}
+    save_checkpoint(tmp_path / "last.pt", kept | going_on)  # all that it needs
     report.main([str(tmp_path), "--device", "cpu"])
     assert "warning: the images have changed" in capsys.readouterr().err
     page, last = (tmp_path / "report.md").read_text(), load_checkpoint(tmp_path / "last.pt")["metrics"][-1]
     assert page.startswith(f"# folder: {last['valid_accuracy']:.2f} % of 50 test images\n")
-    assert f"| 2 of 2 | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {last['valid_loss']:.4f} |" in page
+    assert f"| 1 of 2 | {last['train_loss']:.4f} | {last['train_accuracy']:.2f} % | {last['valid_loss']:.4f} |" in page
     assert all(part in page for part in ("\nbatch_size = 32\n", *(f"]({name})" for name in PICTURES)))
     assert drawn(tmp_path) == PICTURES
     checkpoint = load_checkpoint(tmp_path / "last.pt")
@@ -66,14 +66,6 @@ def test_images_of_other_classes_are_refused(finished, pictures, tmp_path):
         (tmp_path / "pictures" / part / "bar").rename(tmp_path / "pictures" / part / "zebra")
     with pytest.raises(UsageError, match="trained on other classes: 'bar', where the images have"):
         report.report(finished, data_dir=str(tmp_path / "pictures"))
-
-
-def test_run_that_is_going_on_or_was_killed_has_a_report_too(cli, tiny, narrow, before, tmp_path):
-    before("last.pt", lambda: os.kill(os.getpid(), signal.SIGTERM), nth=3)  # epochs 0 and 1 are saved, 2 is not
-    assert cli(*flags(tiny, run_dir="run")) == 143
-    report.report("run")
-    assert "\n| 1 of 2 | " in (tmp_path / "run" / "report.md").read_text()
-    assert drawn(tmp_path / "run") == PICTURES
 
 
 def test_picture_that_fails_is_one_line_and_the_others_are_drawn(finished, tmp_path, monkeypatch, capsys):

@@ -100,6 +100,7 @@ def short(cli, tiny, narrow) -> list[str]:
 def test_run_that_became_longer_in_a_folder_that_moved_is_as_if_it_had_always_been_so(cli, short):
     assert "run_dir" not in Path("run/config.json").read_text()
     assert "run_dir" not in load_checkpoint("run/last.pt")["config"]
+    assert all(tensor.is_contiguous() for tensor in load_checkpoint("run/last.pt")["model"].values())  # for safetensors
     Path("run").rename("moved")
     assert cli("--resume", "moved", "--epochs", 2, "--no-report") == 0
     assert cli(*short, "--run-dir", "straight") == 0

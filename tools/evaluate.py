@@ -83,7 +83,7 @@ def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None =
 
 def check_classes(checkpoint: dict, class_names: list[str]) -> None:
     """Raise UsageError, with the first difference, if a checkpoint was trained on other classes than these."""
-    for learnt, given in itertools.zip_longest(checkpoint["class_names"], class_names):
+    for learnt, given in itertools.zip_longest(checkpoint["class_names"], map(str, class_names)):
         if learnt != given:
             raise UsageError(f"the network was trained on other classes: {learnt!r}, where the images have {given!r}")
 
