@@ -18,7 +18,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
-import albumentations as A
 import numpy as np
 import torch
 from PIL import Image
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from config import UsageError, check, config
-from dataset import ImageDataset, channel_statistics, make_augmentation, make_loader
+from dataset import A, ImageDataset, channel_statistics, make_augmentation, make_loader  # A: albumentations, offline
 from model import Net
 from parts.command_line import in_one_line
 from parts.images import Split, load_source

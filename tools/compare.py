@@ -99,7 +99,7 @@ def compare(runs: Sequence[Run], by_code: bool = False) -> None:
     settings: dict[tuple, dict[int, Run]] = {}  # of each, its runs by seed
     for run in runs:
         if len(run.rows) < run.config["epochs"]:
-            print(f"{run.name} is not counted: it is not finished")
+            print(f"{run.name} is not counted: it has {len(run.rows)} of its {run.config['epochs']} epochs")
             continue
         group, seed = settings.setdefault(run.setting(by_code), {}), run.config["seed"]
         if seed in group:
