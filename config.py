@@ -82,5 +82,7 @@ def check(config: Config) -> None:
                 raise UsageError(f"{name} must be {allowed}, not {getattr(config, name)!r}")
     if config.hole_size > config.image_size:
         raise UsageError(f"hole_size must be at most {config.image_size}, the image's side, not {config.hole_size}")
+    if config.image_size != 32 and config.dataset in ("cifar10", "cifar100", "shapes"):
+        raise UsageError(f"image_size must be 32 for {config.dataset}: another is for --dataset folder")
     if config.nesterov and config.momentum == 0:
         raise UsageError("nesterov needs a momentum above 0: give --nesterov false too")

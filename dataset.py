@@ -61,9 +61,8 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, index: int | Sequence[int] | tuple[int, Sequence[int]]) -> tuple[torch.Tensor, object]:
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
-        several = isinstance(index, list | np.ndarray)
-        # range: -1 is the last one, and an IndexError ends a `for`
-        indices = [range(len(self))[i] for i in (index if several else [index])]
+        several, all_indices = isinstance(index, Sequence | np.ndarray), range(len(self))
+        indices = [all_indices[i] for i in (index if several else [index])]  # -1: the last; an IndexError ends a `for`
         images, labels = self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
         return (images, labels) if several else (images[0], labels.item())
 
@@ -132,8 +131,8 @@ def load_datasets(config: Config, mean: Sequence[float] = (), std: Sequence[floa
     mean, std: of each channel, for pixels of 0..1; if not given, those of the training images.
     """
     train, test, class_names = load_source(config.dataset, config.data_dir, config.image_size)
-    if (sides := train[0].shape[1:3]) != (config.image_size,) * 2:
-        raise UsageError(f"image_size must be that of {config.dataset}'s images, {sides}, not {config.image_size}")
+    if (sides := train[0].shape[1:3]) != (config.image_size,) * 2:  # of a source of your own
+        raise UsageError(f"image_size must be that of the images of {config.dataset}, {sides}, not {config.image_size}")
     if len(class_names) < 2:
         raise UsageError(f"{config.data_dir} has one class only, and there is nothing to tell it from: add another")
     valid = test

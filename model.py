@@ -90,16 +90,16 @@ class Block(nn.Sequential):
             else:
                 modules.append(nn.Conv2d(channels, out_channels, **options))
             if index < layers - 1 or last != "unpadded":  # an unpadded convolution has nothing after it
-                activated.append(len(modules))  # the BatchNorm's position
+                activated.append(str(len(modules)))  # the BatchNorm's name in nn.Sequential
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-        self.depth, self.activated = len(modules), activated  # positions, not types: a wrapper may stand there later
+        self.activated = activated  # names, not types: SyncBatchNorm or a wrapper may stand there later
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for position, layer in enumerate(list(self)[: self.depth]):  # not a module that became an attribute since
-            x = layer(x)
-            if position in self.activated:
+        for name, layer in self._modules.items():
+            x = layer(x) if name.isdigit() else x  # else it is an attribute, for an edit of this function to call
+            if name in self.activated:
                 x = self.activation(x)
         return x
 

@@ -26,8 +26,9 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     Muon gets the weights of the convolutions that mix channels, but not of the last layer. SGD gets the rest,
     at ten times the learning rate; without Muon, everything, at the rate itself. Biases and BatchNorm have no decay.
     """
-    layers = [module for module in net.modules() if getattr(module, "weight", None) is not None][:-1]
-    mixing = [m.weight for m in layers if isinstance(m, nn.Conv2d) and m.groups == 1 and m.weight.requires_grad]
+    convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
+    *_, last = (None, *(p for p in net.parameters() if p.ndim > 1))  # the classifier's weights
+    mixing = [conv.weight for conv in convolutions if conv.weight is not last and conv.weight.requires_grad]
     muon_params = mixing if config.optimizer == "muon" else []
     sgd_params = [p for p in net.parameters() if p not in set(muon_params)]  # `in` a list would compare values
     ratio = 10 if muon_params else 1  # of SGD's learning rate to Muon's; 3 was tried: results/README.md

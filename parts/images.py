@@ -18,7 +18,7 @@ from config import UsageError
 
 Split = tuple[np.ndarray, np.ndarray]  # images (N, 32, 32, 3) uint8 and labels (N,) int64, in one order
 Source = tuple[Split, Split, list[str]]  # to train on, to test on, the classes' names
-FORMATS = (None, "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")  # None: no file
+FORMATS = (None, "AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 HIDDEN = re.compile(r"\.|(thumbs\.db|desktop\.ini|__macosx)$", re.IGNORECASE)  # names of what is no image
 
 
@@ -120,7 +120,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     """
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
     if form not in FORMATS or image.mode in ("I", "F"):  # Pillow misreads some others, and runs PostScript
-        raise UsageError(f"a {form} with pixels of mode {image.mode} is not read here: save it as a PNG of 8 bits")
+        raise UsageError(f"{form or 'a picture'} of mode {image.mode} is not read here: save it as a PNG of 8 bits")
     image = image.copy()  # loads it, before anything is suppressed: a damaged file must fail
     with contextlib.suppress(Exception):  # in place, for it turns the image before it meets what is broken in EXIF data
         ImageOps.exif_transpose(image, in_place=True)

@@ -43,7 +43,7 @@ class Run:
             "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],
             "arguments": arguments,
-            "network": [f"made with {arguments}"]
+            "network": [f"made with {getattr(net, 'arguments', None) or arguments}"]
             + [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
             + [f"{name} {list(tensor.shape)}" for name, tensor in net.state_dict().items()],
             "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume

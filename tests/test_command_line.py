@@ -62,6 +62,7 @@ def test_flag_goes_before_the_file_of_another_run_and_that_before_config_py(sett
         ("--resume x --run-dir y", "leave out --run-dir"),
         ("--config settings.json", "epocs"),
         ("--momentum 0", "--nesterov false"),
+        ("--image-size 64", "--dataset folder"),
         ("--dataset shapes --valid-split 0.001", "change valid_split"),
     ],
 )

@@ -132,7 +132,7 @@ def test_folder_is_what_a_source_promises(folder):
         (lambda folder: os.truncate(folder / "test/dark/b.JPG", 300), "dark/b.JPG cannot be read as an image"),
         (lambda folder: damage(folder / "test/dark/a.png"), "dark/a.png cannot be read as an image"),
         (lambda folder: os.mkfifo(folder / "test/dark/pipe"), "dark/pipe cannot be read as an image .not a file"),
-        (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+ TIFF with pixels of mode F"),
+        (lambda folder: Image.new("F", (9, 9)).save(folder / "test/dark/f.tif"), "f.tif .+TIFF of mode F"),
     ],
 )
 def test_folder_that_is_no_dataset_is_refused_with_the_name_of_what_is_wrong(folder, change, words):

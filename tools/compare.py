@@ -29,7 +29,7 @@ class Run(NamedTuple):
     rows: list[dict]  # of metrics.csv
     right: np.ndarray  # (N,) 0 or 1: which validation images the last epoch's network got right
     images: str  # SHA-256 of the validation images
-    made_of: list  # layers, table, augmentation, number of processes, SHA-256 of images and first weights
+    made_of: list  # layers, table, augmentation, number of processes, SHA-256 of images, first weights
     modules: dict[str, str]  # file -> its text; if it was edited before a resume, all its texts
 
     def setting(self, by_code: bool) -> tuple:
@@ -46,9 +46,9 @@ def read_run(folder: Path) -> Run | None:
         return None
     makers = [maker["modules"] for maker in checkpoint["made_by"]]  # of the first epoch, then of each resume
     modules = {name: "".join(dict.fromkeys(maker.get(name, "") for maker in makers)) for name in makers[-1]}
-    made_of = [checkpoint[name] for name in ("images", "network", "augmentation", "processes", "weights")]
-    rows, right, (_, judged_on, _) = checkpoint["metrics"], checkpoint["right"].numpy(), checkpoint["images"]
-    return Run(folder.name, checkpoint["config"], rows, right, judged_on, made_of, modules)
+    images, rows, right = checkpoint["images"][:2], checkpoint["metrics"], checkpoint["right"].numpy()
+    made_of = [images, *(checkpoint[name] for name in ("network", "augmentation", "processes", "weights"))]
+    return Run(folder.name, checkpoint["config"], rows, right, images[1], made_of, modules)
 
 
 def table(runs: Sequence[Run]) -> str:

@@ -1,6 +1,7 @@
 """How a checkpoint does on the test images: ``python -m tools.evaluate runs/<name> [--tta]``."""
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -22,12 +23,18 @@ from parts.run import BEST, LAST
 from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
 
 
+@functools.cache
+def say_once(note: str) -> None:
+    """Print a note on stderr."""
+    print(note, file=sys.stderr)
+
+
 def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Module, dict]:
     """Return a checkpoint's network, made with the arguments that it was trained with, and the checkpoint.
 
     path: of the checkpoint, or of a run, whose best.pt is taken if held-out images chose it, otherwise last.pt.
     net: makes it (default: Net). It is in evaluation mode, on the CPU. Raises UsageError, also for weights of another
-    network, that have learnt nothing yet, or that are NaN.
+    network, of a run without a finished epoch, or that are NaN.
     """
     path, settings = Path(path).expanduser(), {}
     if path.is_dir():
@@ -39,7 +46,7 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
         raise UsageError(f"{path}: no epoch is finished yet")
     code = [maker["modules"].get("model.py") for maker in checkpoint.get("made_by", ())][-1:]  # shipped weights: none
     if net is None and code and code[0] != Path(__file__).parents[1].joinpath("model.py").read_text(encoding="utf-8"):
-        print(f"Note: model.py has changed since {path} was made: it may mean another network", file=sys.stderr)
+        say_once(f"Note: model.py has changed since {path} was made: it may mean another network")
     try:
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):
@@ -83,7 +90,7 @@ def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None =
 
 def check_classes(checkpoint: dict, class_names: list[str]) -> None:
     """Raise UsageError, with the first difference, if a checkpoint was trained on other classes than these."""
-    for learnt, given in itertools.zip_longest(checkpoint["class_names"], map(str, class_names)):
+    for learnt, given in itertools.zip_longest(map(str, checkpoint["class_names"]), map(str, class_names)):
         if learnt != given:
             raise UsageError(f"the network was trained on other classes: {learnt!r}, where the images have {given!r}")
 
