@@ -62,7 +62,7 @@ class ImageDataset(Dataset):
     def __getitem__(self, index: int | Sequence[int] | tuple[int, Sequence[int]]) -> tuple[torch.Tensor, object]:
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
         several, all_indices = isinstance(index, Sequence | np.ndarray), range(len(self))
-        indices = [all_indices[i] for i in (index if several else [index])]  # -1: the last; an IndexError ends a `for`
+        indices = [all_indices[i] for i in (index if several else [index])]  # the range turns -1 into the last index
         images, labels = self.normalization(images=self.augment(epoch, indices))["images"], self.labels[indices]
         return (images, labels) if several else (images[0], labels.item())
 
@@ -84,7 +84,7 @@ def make_augmentation(config: Config, mean: Sequence[float]) -> RepeatableCompos
     """Return the random part of the pipeline, uint8 to uint8: mirror, shift-scale-rotate, hole in the mean colour.
 
     Add any transform of albumentations that keeps the image's shape and uint8. One of your own must draw its numbers
-    from self.py_random or self.random_generator: those of `random` and `np.random` do not follow from the seed here.
+    from self.py_random or self.random_generator: those of random, np.random and torch do not follow from the seed here.
     The hole is Cutout: DeVries & Taylor 2017, arXiv:1708.04552.
     """
     mean_color = tuple(round(255 * channel) for channel in mean)
@@ -212,7 +212,7 @@ def make_loader(
         batch_size=None,
         num_workers=num_workers,
         worker_init_fn=start_worker,
-        persistent_workers=num_workers > 0,
+        persistent_workers=num_workers > 0,  # with the dataset as of the first pass; later only the epoch reaches them
         timeout=300 if num_workers else 0,  # seconds: a batch that was lost is an error, not a wait for ever
         pin_memory=torch.cuda.is_initialized(),  # true once choose_device, or a network, has used CUDA
         generator=torch.Generator(),  # or the loader would draw from the global one, and shift dropout's numbers

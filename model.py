@@ -93,12 +93,12 @@ class Block(nn.Sequential):
                 activated.append(str(len(modules)))  # the BatchNorm's name in nn.Sequential
                 modules += [nn.BatchNorm2d(out_channels), nn.Dropout2d(dropout)]
         super().__init__(*modules)
-        self.activated = activated  # names, not types: SyncBatchNorm or a wrapper may stand there later
+        self.activated = activated  # names, not types: a wrapper may stand there later; `insert` and `del` shift them
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for name, layer in self._modules.items():
-            x = layer(x) if name.isdigit() else x  # else it is an attribute, for an edit of this function to call
+            x = layer(x) if name.isdigit() else x  # self.gate = ... would have a word for a name: call it here
             if name in self.activated:
                 x = self.activation(x)
         return x
@@ -111,7 +111,7 @@ class Net(nn.Module):
     Output (N, num_classes) float32 log-probabilities, for F.nll_loss or F.cross_entropy, which are equal on them.
 
     blocks: the table; base_channels: the first block's in the default table; the others' are its multiples.
-    dropout: probability that Dropout2d zeroes a channel. activation: one of ACTIVATIONS.
+    dropout: probability that Dropout2d zeroes a channel. activation: of ACTIVATIONS; no weight tells which.
     arguments: what makes this network again, `Net(**net.arguments)`, in plain values: a checkpoint carries them.
     Raises ValueError, naming the block and the reason, for a table that cannot work.
     """

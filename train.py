@@ -27,15 +27,15 @@ def make_optimizers(net: nn.Module, config: Config) -> list[torch.optim.Optimize
     at ten times the learning rate; without Muon, everything, at the rate itself. Biases and BatchNorm have no decay.
     """
     convolutions = [module for module in net.modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
-    *_, last = (None, *(p for p in net.parameters() if p.ndim > 1))  # the classifier's weights
+    last = [None, *(p for p in net.parameters() if p.ndim > 1)][-1]  # the classifier's weights: those registered last
     mixing = [conv.weight for conv in convolutions if conv.weight is not last and conv.weight.requires_grad]
-    muon_params = mixing if config.optimizer == "muon" else []
+    muon_params = {"muon": mixing, "sgd": []}[config.optimizer]  # KeyError: an optimizer without a branch here
     sgd_params = [p for p in net.parameters() if p not in set(muon_params)]  # `in` a list would compare values
     ratio = 10 if muon_params else 1  # of SGD's learning rate to Muon's; 3 was tried: results/README.md
     decay, no_decay = [p for p in sgd_params if p.ndim > 1], [p for p in sgd_params if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": config.sgd_weight_decay}, {"params": no_decay, "weight_decay": 0}]
     lr = config.learning_rate
-    fused = config.precision != "float16"  # faster; but if the first step overflows, it leaves the momentum unset
+    fused = config.precision != "float16"  # faster; but a first step that overflows leaves its momentum uninitialized
     sgd = torch.optim.SGD(groups, ratio * lr, config.momentum, nesterov=config.nesterov, fused=fused)
     return [Muon(muon_params, lr, weight_decay=config.weight_decay), sgd] if muon_params else [sgd]
 

@@ -92,7 +92,7 @@ def in_one_line(program: str, function: Callable, progress: Callable[[bool], str
     except FloatingPointError as error:  # a loss that is not finite
         code, message, resumable = 1, f"stopped: {error}", False
     except KeyboardInterrupt as error:
-        code = 128 + (error.args or STOPS)[0]  # without args it is Python's own: SIGINT
+        code = 128 + (error.args or [signal.SIGINT])[0]  # without args it is Python's own
         message = f"stopped by {signal.Signals(code - 128).name}"
     except Exception as error:
         code, message = 1, f"stopped by {type(error).__name__}"
@@ -116,8 +116,8 @@ def run(main: Callable, report: Callable[[str], None]) -> None:
     if hasattr(builtins, "__IPYTHON__"):
         sys.exit("train.py: in a notebook, start it in a process of its own: !python train.py")
     os.environ.pop("MPLBACKEND", None)  # of a notebook that started this: it may be missing here
-    launcher = "torchrun ..." if dist.is_torchelastic_launched() else "python"
-    if rank := int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0:  # one process speaks for all
+    launcher, rank = ("torchrun ...", int(os.environ["RANK"])) if dist.is_torchelastic_launched() else ("python", 0)
+    if rank > 0:  # one process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     config, resume, wanted = in_one_line("train.py", parse_args)
 

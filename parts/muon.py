@@ -44,6 +44,6 @@ def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
     x = matrix.T if tall else matrix
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.T  # then b gram + c gram gram, and a x + that x
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.T if tall else x

@@ -147,9 +147,9 @@ def arguments_of(config: Config, class_names: Sequence[str], origin: dict | None
     arguments = {"num_classes": len(class_names), "dropout": float(config.dropout)}  # 0 is written like 0.0
     if origin is None:
         return arguments
-    if (made := origin.get("network", ["", " Net"])[1].strip()) != "Net":
+    if (made := origin.get("network", ["", " Net"])[1].strip()) != "Net":  # [1]: the net itself; old files: none
         raise UsageError(f"the weights are of a network of your own ({made}): pass it to main as net=")
-    table = origin.get("arguments", {"activation": config.activation})
+    table = origin.get("arguments", {"activation": config.activation})  # origin is {} if there is no --weights
     if (learnt := table.get("activation", "relu")) != config.activation:
         raise UsageError(f"activation must be {learnt}, with which the weights were learnt, not {config.activation}")
     return table | {"image_size": config.image_size} | arguments
