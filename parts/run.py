@@ -33,7 +33,7 @@ class Run:
         """Note what the run is made of: asked, its settings as given; config, with "auto" resolved; origin."""
         self.folder, self.origin, train = Path(config.run_dir), origin, data[0]
         self.rank, processes = rank_and_size()
-        arguments = (getattr(net, "arguments", None) or {}) | arguments_of(config, train.class_names)
+        arguments = (own := getattr(net, "arguments", None) or {}) | arguments_of(config, train.class_names)
         became = {"precision": config.precision, "activation": arguments.get("activation", config.activation)}
         # The same in all checkpoints of the run. No run_dir: the folder can be moved. Precision: what "auto" became.
         self.facts = {
@@ -43,7 +43,7 @@ class Run:
             "weights": origin.get("weights", ""),  # SHA-256 of the file that it began with
             "augmentation": [describe(transform) for transform in train.augmentation or ()],
             "arguments": arguments,
-            "network": [f"made with {getattr(net, 'arguments', None) or arguments}"]
+            "network": [f"made with {own or arguments}"]
             + [f"{name} {type(module).__name__}" for name, module in net.named_modules()]
             + [f"{name} {list(tensor.shape)}" for name, tensor in net.state_dict().items()],
             "made_by": [what_makes(config.device)],  # of the first epoch; then one of each resume

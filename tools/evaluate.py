@@ -1,7 +1,6 @@
 """How a checkpoint does on the test images: ``python -m tools.evaluate runs/<name> [--tta]``."""
 
 import argparse
-import functools
 import itertools
 import math
 import sys
@@ -23,12 +22,6 @@ from parts.run import BEST, LAST
 from utils import DTYPES, choose_device, choose_precision, forward, load_checkpoint, set_numerics
 
 
-@functools.cache
-def say_once(note: str) -> None:
-    """Print a note on stderr."""
-    print(note, file=sys.stderr)
-
-
 def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Module, dict]:
     """Return a checkpoint's network, made with the arguments that it was trained with, and the checkpoint.
 
@@ -46,7 +39,7 @@ def load_network(path: str | Path, net: Callable | None = None) -> tuple[nn.Modu
         raise UsageError(f"{path}: no epoch is finished yet")
     code = [maker["modules"].get("model.py") for maker in checkpoint.get("made_by", ())][-1:]  # shipped weights: none
     if net is None and code and code[0] != Path(__file__).parents[1].joinpath("model.py").read_text(encoding="utf-8"):
-        say_once(f"Note: model.py has changed since {path} was made: it may mean another network")
+        print(f"Note: model.py has changed since {path} was made: it may mean another network", file=sys.stderr)
     try:
         # The first weights, drawn in vain, must not move a notebook's generator.
         with torch.random.fork_rng(devices=[]):
@@ -90,7 +83,7 @@ def choose_dtype(checkpoint: dict, device: torch.device, precision: str | None =
 
 def check_classes(checkpoint: dict, class_names: list[str]) -> None:
     """Raise UsageError, with the first difference, if a checkpoint was trained on other classes than these."""
-    for learnt, given in itertools.zip_longest(map(str, checkpoint["class_names"]), map(str, class_names)):
+    for learnt, given in itertools.zip_longest(checkpoint["class_names"], class_names):
         if learnt != given:
             raise UsageError(f"the network was trained on other classes: {learnt!r}, where the images have {given!r}")
 
@@ -99,11 +92,12 @@ def load_test_images(checkpoint: dict, dataset: str | None = None, data_dir: str
     """Return a dataset's test images, by default of the one trained on. Raises UsageError for other classes."""
     settings = checkpoint["config"]
     place, size = data_dir or settings["data_dir"], settings.get("image_size", 32)
-    _, test, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
-    check_classes(checkpoint, class_names)
-    if test[0].shape[1] != size:
-        raise UsageError(f"the network was trained on {size}x{size} pixels: these images have {test[0].shape[1]}")
-    return ImageDataset(*test, *(checkpoint[name] for name in ("class_names", "mean", "std")))
+    _, split, class_names = load_source(dataset or settings["dataset"], place, size, test_only=True)
+    test = ImageDataset(*split, class_names, checkpoint["mean"], checkpoint["std"])
+    check_classes(checkpoint, test.class_names)
+    if test.images.shape[1] != size:
+        raise UsageError(f"the network was trained on {size}x{size} pixels: these images have {test.images.shape[1]}")
+    return test
 
 
 def print_accuracy(title: str, log_probs: torch.Tensor, labels: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
 from config import UsageError
 from dataset import ImageDataset, make_loader
@@ -54,11 +55,15 @@ def predict(checkpoint: str | Path, images: Sequence[Picture], net: Callable | N
     if not isinstance(images, list | tuple | np.ndarray) or getattr(images, "ndim", 4) != 4:
         raise UsageError("images must be a list of images, or an array (N, H, W, 3) of them")
     net, checkpoint = load_network(checkpoint, net)
-    names = checkpoint["class_names"]
-    if len(images) == 0:
-        return []
     size = checkpoint["config"].get("image_size", 32)
-    pictures = np.stack([to_picture(image, size) for image in images])
+    return predict_pictures(net, checkpoint, [to_picture(image, size) for image in images])
+
+
+def predict_pictures(net: nn.Module, checkpoint: dict, pictures: Sequence[np.ndarray]) -> list[Prediction]:
+    """Return what a loaded network says about pictures as `to_picture` makes them."""
+    if len(pictures) == 0:
+        return []
+    pictures, names = np.stack(pictures), checkpoint["class_names"]
     labels = np.zeros(len(pictures), dtype=np.int64)  # not known, not used
     dataset = ImageDataset(pictures, labels, names, checkpoint["mean"], checkpoint["std"])
     predictions = []
@@ -85,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT")
     parser.add_argument("paths", metavar="IMAGE|FOLDER", nargs="+", type=Path)
     arguments = parser.parse_args(argv)
-    size = load_network(arguments.checkpoint)[1]["config"].get("image_size", 32)
+    net, checkpoint = load_network(arguments.checkpoint)
+    size = checkpoint["config"].get("image_size", 32)
     pictures, failed = {}, 0
     for path in arguments.paths:
         for file in files_of(path):
@@ -94,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
             except UsageError as error:
                 print(error, file=sys.stderr)
                 failed += 1
-    for file, prediction in zip(pictures, predict(arguments.checkpoint, [*pictures.values()]), strict=True):
+    for file, prediction in zip(pictures, predict_pictures(net, checkpoint, [*pictures.values()]), strict=True):
         likeliest = list(prediction.probabilities.items())[:3]
         print(f"{file}: {', '.join(f'{name} {100 * probability:.1f} %' for name, probability in likeliest)}")
     if failed:
