@@ -119,7 +119,7 @@ def resize_image(image: Image.Image, size: int = 32) -> np.ndarray:
     Transparent parts become white; a colour profile is applied. What can be misread is a UsageError.
     """
     form, tags = image.format, getattr(image, "tag_v2", {})  # of a TIFF
-    if form not in FORMATS or image.mode in ("I", "F"):  # Pillow misreads some others, and runs PostScript
+    if form not in FORMATS or image.mode in ("I", "F"):  # None: no file; Pillow misreads others, and runs PostScript
         raise UsageError(f"{form or 'a picture'} of mode {image.mode} is not read here: save it as a PNG of 8 bits")
     image = image.copy()  # loads it, before anything is suppressed: a damaged file must fail
     with contextlib.suppress(Exception):  # in place, for it turns the image before it meets what is broken in EXIF data
